@@ -1,0 +1,76 @@
+// Grouped bf16 GEMMs over an expert-ordered buffer of rows: the contract that the sm_90a and the
+// generic kernels share. No torch here, raw device pointers only.
+//
+// Letters: R rows of the buffer (host-known bound), L local experts. Expert l owns the rows
+// [expert_offsets[l], expert_offsets[l + 1]); offsets are read on the device, never by the host.
+// Every offset is a multiple of kRowAlignment and expert_offsets[0] is 0; the padding rows at a
+// segment's end are finite (written zeros). Rows from expert_offsets[L] on are neither written nor
+// do they reach a result, whatever they hold.
+//
+//   layout  a         b           out          out =
+//   NT      [R, K]    [L, N, K]   [R, N]       a[r] b[l]^T      (forward)
+//   NN      [R, K]    [L, K, N]   [R, N]       a[r] b[l]        (gradient of the rows)
+//   TN      [R, M]    [R, N]      [L, M, N]    alpha * sum over r in segment l of a[r]^T b[r]
+//                                              (gradient of the weight; zeros for an empty expert)
+//
+// All tensors are contiguous bf16, accumulation is fp32 with one rounding at the end. Results are
+// bit-equal from run to run. Nothing synchronises the host; a launch can be captured in a CUDA
+// graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace torch_moe_ep {
+
+inline constexpr int kRowAlignment = 128;
+inline constexpr int kMaxLocalExperts = 512;
+
+enum class GemmLayout { kNT, kNN, kTN };
+
+struct GroupedGemmShape {
+  GemmLayout layout;
+  int64_t num_experts;      // L
+  int64_t rows;             // R
+  int64_t columns;          // N, columns of out
+  int64_t a_columns;        // K of NT and NN, M of TN
+  bool has_swiglu = false;  // NT alone: columns = 2I, gate columns first
+};
+
+struct GroupedGemmParams {
+  GroupedGemmShape shape;
+  const void* a;
+  const void* b;
+  void* out;
+  const int64_t* expert_offsets;  // device, [L + 1]
+  float alpha = 1.0f;             // TN alone
+
+  // has_swiglu: activation[r, i] = row_weights[r] * silu(out[r, i]) * out[r, I + i], computed from
+  // the fp32 accumulators.
+  void* activation = nullptr;          // bf16 [R, I]
+  const float* row_weights = nullptr;  // device, [R]
+};
+
+namespace sm90 {
+
+// Why the sm_90a kernels do not take this shape (a sentence for the user), or nullptr if they do.
+// Pure: looks at no device. Pointers must be 16-byte aligned besides.
+const char* refusal(const GroupedGemmShape& shape);
+inline bool is_supported(const GroupedGemmShape& shape) { return refusal(shape) == nullptr; }
+
+// Needs a device of compute capability 9.0 and a shape that is supported (else
+// cudaErrorInvalidValue). rows == 0 launches nothing for NT and NN and writes zeros for TN.
+cudaError_t grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream);
+
+}  // namespace sm90
+
+namespace sm80 {
+
+// The same contract for every device of compute capability 8.0 or later (mma.sync, cp.async).
+const char* refusal(const GroupedGemmShape& shape);
+inline bool is_supported(const GroupedGemmShape& shape) { return refusal(shape) == nullptr; }
+cudaError_t grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream);
+
+}  // namespace sm80
+}  // namespace torch_moe_ep
