@@ -1,26 +1,29 @@
-// SwiGLU and its gradient over expert-ordered rows, bf16, memory-bound. No torch here.
+// SwiGLU and its gradient over expert-ordered rows, memory-bound. No torch here.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "common/element_type.h"
+
 namespace torch_moe_ep {
 
 // Rows from *num_rows on are neither read nor written. z is [R, 2I], gate columns first.
 struct SwigluParams {
   int64_t rows;              // R, bounds the grid
-  int64_t width;             // I, a multiple of 8; pointers are 16-byte aligned
+  int64_t width;             // I; 16-byte accesses where I and the pointers allow them
   const int64_t* num_rows;   // device, one number: expert_offsets + L
-  const void* z;             // bf16 [R, 2I]
+  const void* z;             // [R, 2I]
   const float* row_weights;  // [R]
-  void* activation;          // bf16 [R, I]: row_weight * silu(gate) * up, fp32 inside, one rounding
+  void* activation;          // [R, I]: row_weight * silu(gate) * up, fp32 inside, one rounding
+  ElementType element_type = ElementType::kBFloat16;  // of z, activation and their gradients
 };
 
 struct SwigluBackwardParams {
   SwigluParams forward;         // activation is recomputed; nullptr leaves it out
-  const void* grad_activation;  // bf16 [R, I]
-  void* grad_z;                 // bf16 [R, 2I]; may be the buffer of z
+  const void* grad_activation;  // [R, I]
+  void* grad_z;                 // [R, 2I]; may be the buffer of z
   float* grad_row_weights;      // [R]: sum over i of grad_activation * silu(gate) * up, in a fixed
                                 // order (bit-equal from run to run, no atomics)
 };
