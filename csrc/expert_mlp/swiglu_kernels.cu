@@ -24,7 +24,7 @@ __device__ inline Swiglu swiglu_of(float gate, float up) {
   if constexpr (sizeof(T) == sizeof(float)) {
     result.sigmoid = 1.0f / (1.0f + expf(-gate));
   } else {
-    result.sigmoid = __frcp_rn(1.0f + __expf(-gate));
+    result.sigmoid = __fdividef(1.0f, 1.0f + __expf(-gate));
   }
   result.silu = gate * result.sigmoid;
   result.hidden = result.silu * up;
