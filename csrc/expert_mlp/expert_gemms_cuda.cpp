@@ -1,0 +1,182 @@
+#include "expert_mlp/expert_gemms.h"
+
+#include <ATen/Functions.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <utility>
+
+#include "common/element_type_of.h"
+#include "expert_mlp/swiglu_kernels.h"
+
+namespace torch_moe_ep {
+namespace {
+
+constexpr uintptr_t kPointerAlignment = 16;
+
+bool is_aligned(const at::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kPointerAlignment == 0;
+}
+
+GroupedGemmShape shape_of(GemmLayout layout, const at::Tensor& a, const at::Tensor& b,
+                          int64_t num_experts) {
+  const int64_t columns = layout == GemmLayout::kNT ? b.size(1) : b.size(-1);
+  return {layout, num_experts, a.size(0), columns, a.size(1), false};
+}
+
+GroupedGemmParams params_of(const GroupedGemmShape& shape, const at::Tensor& a, const at::Tensor& b,
+                            const at::Tensor& out, const at::Tensor& expert_offsets) {
+  GroupedGemmParams params = {};
+  params.shape = shape;
+  params.a = a.const_data_ptr();
+  params.b = b.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.expert_offsets = expert_offsets.const_data_ptr<int64_t>();
+  return params;
+}
+
+void launch(const GroupedGemmParams& params) {
+  C10_CUDA_CHECK(sm90::grouped_gemm(params, at::cuda::getCurrentCUDAStream()));
+}
+
+}  // namespace
+
+ExpertGemms::ExpertGemms(at::Tensor expert_offsets, at::Tensor host_offsets)
+    : expert_offsets_(std::move(expert_offsets)), given_host_offsets_(std::move(host_offsets)) {}
+
+GemmKernels ExpertGemms::choose(const GroupedGemmShape& shape, const at::Tensor& a,
+                                const at::Tensor& b) const {
+  const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
+  const GemmRequest request = {shape, a.scalar_type() == at::kBFloat16,
+                               is_aligned(a) && is_aligned(b),
+                               device->major * 10 + device->minor};
+  const GemmChoice choice = choose_gemm(request, kernel_wish());
+  TORCH_CHECK(choice.refusal == nullptr, "TORCH_MOE_EP_KERNELS asks for kernels that cannot run: ",
+              choice.refusal, " (unset it, or set it to auto)");
+  return choice.kernels;
+}
+
+const at::Tensor& ExpertGemms::segment_ends() {
+  if (!segment_ends_.defined()) {
+    segment_ends_ = expert_offsets_.slice(0, 1).to(at::kInt);
+  }
+  return segment_ends_;
+}
+
+const std::vector<int64_t>& ExpertGemms::host_offsets() {
+  if (host_offsets_.empty()) {
+    // Host sync when only the device knows the offsets.
+    const at::Tensor offsets =
+        given_host_offsets_.numel() > 0 ? given_host_offsets_ : expert_offsets_.cpu();
+    const int64_t* data = offsets.const_data_ptr<int64_t>();
+    host_offsets_.assign(data, data + offsets.numel());
+  }
+  return host_offsets_;
+}
+
+at::Tensor ExpertGemms::nt(const at::Tensor& rows, const at::Tensor& weights) {
+  const GroupedGemmShape shape = shape_of(GemmLayout::kNT, rows, weights, weights.size(0));
+  const GemmKernels kernels = choose(shape, rows, weights);
+  if (kernels == GemmKernels::kTorchGrouped) {
+    return at::_grouped_mm(rows, weights.transpose(1, 2), segment_ends());
+  }
+  at::Tensor out = at::empty({shape.rows, shape.columns}, rows.options());
+  if (kernels == GemmKernels::kSm90) {
+    launch(params_of(shape, rows, weights, out, expert_offsets_));
+    return out;
+  }
+  const auto& offsets = host_offsets();
+  for (int64_t l = 0; l < shape.num_experts; ++l) {
+    const int64_t count = offsets[l + 1] - offsets[l];
+    if (count == 0) continue;
+    at::Tensor segment = out.narrow(0, offsets[l], count);
+    at::mm_out(segment, rows.narrow(0, offsets[l], count), weights.select(0, l).t());
+  }
+  return out;
+}
+
+at::Tensor ExpertGemms::nn(const at::Tensor& rows, const at::Tensor& weights) {
+  const GroupedGemmShape shape = shape_of(GemmLayout::kNN, rows, weights, weights.size(0));
+  const GemmKernels kernels = choose(shape, rows, weights);
+  if (kernels == GemmKernels::kTorchGrouped) {
+    return at::_grouped_mm(rows, weights, segment_ends());
+  }
+  at::Tensor out = at::empty({shape.rows, shape.columns}, rows.options());
+  if (kernels == GemmKernels::kSm90) {
+    launch(params_of(shape, rows, weights, out, expert_offsets_));
+    return out;
+  }
+  const auto& offsets = host_offsets();
+  for (int64_t l = 0; l < shape.num_experts; ++l) {
+    const int64_t count = offsets[l + 1] - offsets[l];
+    if (count == 0) continue;
+    at::Tensor segment = out.narrow(0, offsets[l], count);
+    at::mm_out(segment, rows.narrow(0, offsets[l], count), weights.select(0, l));
+  }
+  return out;
+}
+
+at::Tensor ExpertGemms::tn(const at::Tensor& rows_a, const at::Tensor& rows_b, double alpha) {
+  const int64_t num_experts = expert_offsets_.numel() - 1;
+  if (rows_a.size(0) == 0) {
+    return at::zeros({num_experts, rows_a.size(1), rows_b.size(1)}, rows_a.options());
+  }
+  const GroupedGemmShape shape = shape_of(GemmLayout::kTN, rows_a, rows_b, num_experts);
+  const GemmKernels kernels = choose(shape, rows_a, rows_b);
+  if (kernels == GemmKernels::kTorchGrouped) {
+    at::Tensor out = at::_grouped_mm(rows_a.t(), rows_b, segment_ends());
+    return alpha == 1.0 ? out : out.mul_(alpha);
+  }
+  at::Tensor out = at::empty({num_experts, shape.a_columns, shape.columns}, rows_a.options());
+  if (kernels == GemmKernels::kSm90) {
+    GroupedGemmParams params = params_of(shape, rows_a, rows_b, out, expert_offsets_);
+    params.alpha = static_cast<float>(alpha);
+    launch(params);
+    return out;
+  }
+  const auto& offsets = host_offsets();
+  for (int64_t l = 0; l < num_experts; ++l) {
+    const int64_t count = offsets[l + 1] - offsets[l];
+    at::Tensor gradient = out.select(0, l);
+    if (count == 0) {
+      gradient.zero_();
+      continue;
+    }
+    // beta 0: what `gradient` holds is not read.
+    at::addmm_out(gradient, gradient, rows_a.narrow(0, offsets[l], count).t(),
+                  rows_b.narrow(0, offsets[l], count), 0, alpha);
+  }
+  return out;
+}
+
+ExpertGemms::GateUp ExpertGemms::nt_swiglu(const at::Tensor& rows, const at::Tensor& weights,
+                                           const at::Tensor& row_weights) {
+  GroupedGemmShape shape = shape_of(GemmLayout::kNT, rows, weights, weights.size(0));
+  const int64_t width = shape.columns / 2;
+  at::Tensor activation = at::empty({shape.rows, width}, rows.options());
+  if (choose(shape, rows, weights) == GemmKernels::kSm90) {
+    shape.has_swiglu = true;
+    if (sm90::is_supported(shape)) {
+      at::Tensor z = at::empty({shape.rows, shape.columns}, rows.options());
+      GroupedGemmParams params = params_of(shape, rows, weights, z, expert_offsets_);
+      params.activation = activation.mutable_data_ptr();
+      params.row_weights = row_weights.const_data_ptr<float>();
+      launch(params);
+      return {z, activation};
+    }
+  }
+  at::Tensor z = nt(rows, weights);
+  SwigluParams params = {};
+  params.rows = shape.rows;
+  params.width = width;
+  params.num_rows = expert_offsets_.const_data_ptr<int64_t>() + expert_offsets_.numel() - 1;
+  params.z = z.const_data_ptr();
+  params.row_weights = row_weights.const_data_ptr<float>();
+  params.activation = activation.mutable_data_ptr();
+  params.element_type = element_type_of(rows);
+  C10_CUDA_CHECK(launch_swiglu(params, at::cuda::getCurrentCUDAStream()));
+  return {z, activation};
+}
+
+}  // namespace torch_moe_ep
