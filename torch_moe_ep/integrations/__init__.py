@@ -1,0 +1,1 @@
+"""One file per host that the library plugs into."""

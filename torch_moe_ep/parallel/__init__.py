@@ -1,0 +1,31 @@
+"""Expert parallelism beside PyTorch's data parallelism.
+
+Ranks form a grid ``(replicate, shard, ep)``. `apply_expert_parallel` (apply.py) runs, in order:
+
+    checks.py     every rank looks for a misfit; all raise alike, before anything is changed
+    swap.py       each experts module keeps its class as base, its weights become this rank's slice
+    fsdp2.py      the experts shard themselves over (replicate, shard); late mixed-precision policy
+    fsdp1.py      the mark that keeps FSDP1 and DDP away from the experts
+    state_dict.py hooks: full tensors in and out of an FSDP1 full state dict
+    forward.py    what happens at the model's first forward: guard, hidden root, prefetch lists
+
+and these serve the training loop: grad_norm.py and stock_clip.py (clipping), optimizer.py (step
+hooks, parameter groups), average.py (dense gradients without FSDP), initialize.py (weights).
+"""
+
+from torch_moe_ep.parallel.apply import apply_expert_parallel
+from torch_moe_ep.parallel.average import average_gradients
+from torch_moe_ep.parallel.grad_norm import clip_grad_norm_
+from torch_moe_ep.parallel.initialize import initialize_experts
+from torch_moe_ep.parallel.mesh import dense_mesh, init_device_mesh
+from torch_moe_ep.parallel.optimizer import param_groups
+
+__all__ = [
+    "apply_expert_parallel",
+    "average_gradients",
+    "clip_grad_norm_",
+    "dense_mesh",
+    "init_device_mesh",
+    "initialize_experts",
+    "param_groups",
+]

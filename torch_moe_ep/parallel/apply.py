@@ -1,0 +1,93 @@
+"""`apply_expert_parallel`: the one call of a user's script."""
+
+from typing import TypeVar
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+
+from torch_moe_ep.config import MoEConfig
+from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.checks import Request, check_request
+from torch_moe_ep.parallel.forward import wrap_forward
+from torch_moe_ep.parallel.fsdp1 import ignore_in_ddp, mark_experts
+from torch_moe_ep.parallel.fsdp2 import shard_experts
+from torch_moe_ep.parallel.optimizer import register_step_hooks
+from torch_moe_ep.parallel.state import ExpertParallelState, track
+from torch_moe_ep.parallel.state_dict import register_state_dict_hooks
+from torch_moe_ep.parallel.stock_clip import register_stock_clip_handlers
+from torch_moe_ep.parallel.swap import swap_experts
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def apply_expert_parallel(
+    model: ModelT,
+    mesh: DeviceMesh,
+    config: MoEConfig | None = None,
+    *,
+    mp_policy: MixedPrecisionPolicy | str | None = "inherit",
+    offload_policy: OffloadPolicy | None = None,
+    sync_from_rank0: bool = False,
+    reshard_after_forward: bool = True,
+) -> ModelT:
+    """Spread a model's experts over the EP groups of a mesh, in place.
+
+    Call it before FSDP, DDP and the optimizer, after `get_peft_model`; activation checkpointing
+    may come before or after FSDP. Everything else of a stock FSDP2, FSDP1 or DDP script stays.
+
+    Args:
+        model: a Hugging Face mixture-of-experts model whose experts have Mixtral's shape, on the
+            CPU, on the mesh's device or on meta. Experts end on the mesh's device (or on meta).
+        mesh: the mesh of `init_device_mesh`.
+        config: what is chosen; the default is exact Hugging Face behaviour.
+        mp_policy: mixed precision of the experts. "inherit": parameter and reduce dtype of the
+            FSDP around them, read at the first forward. None: none.
+        offload_policy: FSDP2's offload policy for the experts' shards, gradients and optimizer
+            state; the policy of the user's own `fully_shard` does not reach them.
+        sync_from_rank0: take global rank 0's expert weights; other ranks may then hold anything,
+            also meta tensors. Without it every rank must hold the same weights.
+        reshard_after_forward: free gathered expert weights after forward and gather them again
+            in backward (FSDP2's meaning).
+
+    Returns:
+        The model. Expert weights are DTensors of their full shape ``[E, ...]``.
+
+    Raises:
+        ValueError: on every rank, before anything is changed, when the model, the mesh or the
+            order of calls does not fit; the sentence says the way out. At the first forward when
+            the dense parameters are spread over fewer ranks than see different data.
+
+    Collective over all ranks. Syncs the host only through the small object exchange.
+    """
+    request = Request(
+        model=model,
+        mesh=mesh,
+        config=MoEConfig() if config is None else config,
+        mp_policy=mp_policy,
+        offload_policy=offload_policy,
+        sync_from_rank0=sync_from_rank0,
+        reshard_after_forward=reshard_after_forward,
+    )
+    found = check_request(request)
+    state = ExpertParallelState(model=model, mesh=mesh, experts={})
+    for name, module in found.items():
+        swap_experts(module, state, request.config, sync_from_rank0)
+        assert isinstance(module, ExpertParallelExperts)
+        state.experts[name] = module
+    track(state)
+    for experts in state.experts.values():
+        shard_experts(
+            experts,
+            mesh,
+            mp_policy=mp_policy,
+            offload_policy=offload_policy,
+            reshard_after_forward=reshard_after_forward,
+        )
+        mark_experts(experts)
+        register_state_dict_hooks(experts)
+    ignore_in_ddp(state)
+    wrap_forward(state)
+    register_step_hooks()
+    register_stock_clip_handlers()
+    return model

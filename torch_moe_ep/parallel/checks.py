@@ -1,0 +1,280 @@
+"""Refusals: what `apply_expert_parallel` cannot do, said in one sentence with the way out.
+
+Every rank looks at its own model, then all compare notes (one all-gather of small objects), so
+that all ranks raise alike and nothing is changed when one of them objects.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_moe_ep.config import MoEConfig
+from torch_moe_ep.integrations import transformers as hf
+from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.mesh import mesh_misfit
+
+MIN_TORCH = (2, 11)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `apply_expert_parallel`, as given."""
+
+    model: nn.Module
+    mesh: DeviceMesh
+    config: MoEConfig
+    mp_policy: object
+    offload_policy: object
+    sync_from_rank0: bool
+    reshard_after_forward: object
+
+
+def check_request(request: Request) -> dict[str, nn.Module]:
+    """Check a request on all ranks together.
+
+    Returns:
+        The experts modules to swap, by name.
+
+    Raises:
+        ValueError: on every rank, with the sentence of the lowest rank that objects.
+
+    Collective over all ranks (one `all_gather_object`); changes nothing.
+    """
+    if not dist.is_initialized():
+        raise ValueError(
+            "torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group() before apply_expert_parallel."
+        )
+    experts: dict[str, nn.Module] = {}
+    reason = _argument_misfit(request) or _model_misfit(request.model)
+    if reason is None:
+        experts, misfits = hf.find_experts(request.model)
+        reason = _experts_misfit(request, experts, misfits)
+    _agree(reason, _signature(experts), request.sync_from_rank0)
+    return experts
+
+
+def _argument_misfit(request: Request) -> str | None:
+    if torch_version() < MIN_TORCH:
+        return f"torch 2.11 or newer is needed, found {torch.__version__}; upgrade torch."
+    if not isinstance(request.model, nn.Module):
+        return f"model must be a torch.nn.Module, got {type(request.model).__name__}."
+    if not isinstance(request.config, MoEConfig):
+        return f"config must be a torch_moe_ep.MoEConfig, got {type(request.config).__name__}."
+    reason = mesh_misfit(request.mesh)
+    if reason is not None:
+        return reason
+    policy = request.mp_policy
+    if not (policy is None or policy == "inherit" or isinstance(policy, MixedPrecisionPolicy)):
+        return (
+            f'mp_policy must be "inherit", None or a MixedPrecisionPolicy of '
+            f"torch.distributed.fsdp, got {policy!r}."
+        )
+    if not isinstance(request.reshard_after_forward, bool):
+        return (
+            f"reshard_after_forward must be True or False for experts, got "
+            f"{request.reshard_after_forward!r}; torch cannot reshard them to a smaller group."
+        )
+    return _offload_misfit(request.offload_policy, request.mesh)
+
+
+def _offload_misfit(policy: object, mesh: DeviceMesh) -> str | None:
+    if policy is not None and not isinstance(policy, OffloadPolicy):
+        return (
+            f"offload_policy must be None or an OffloadPolicy of torch.distributed.fsdp, got "
+            f"{policy!r}."
+        )
+    if isinstance(policy, CPUOffloadPolicy) and mesh.device_type == "cpu":
+        return (
+            "offload_policy=CPUOffloadPolicy() moves experts from an accelerator to the CPU, but "
+            "the mesh is on the CPU; leave offload_policy out."
+        )
+    return None
+
+
+def _model_misfit(model: nn.Module) -> str | None:
+    if any(isinstance(module, ExpertParallelExperts) for module in model.modules()):
+        return "the model is expert-parallel already; call apply_expert_parallel once per model."
+    sign = hf.native_expert_parallel(model)
+    if sign is not None:
+        return (
+            f"transformers' own expert parallelism is on ({sign}); load the model without "
+            f"distributed_config (enable_expert_parallel, ep_size)."
+        )
+    sign = hf.quantised(model)
+    if sign is not None:
+        return f"quantised models are not supported ({sign}); load the model unquantised."
+    name = hf.adapted(model)
+    if name is not None:
+        return (
+            f"a PEFT adapter or a parametrization holds the expert weights at {name}; give "
+            f"adapters target_modules outside of the experts, then call get_peft_model before "
+            f"apply_expert_parallel."
+        )
+    if _is_true(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "")):
+        return (
+            "accelerate's cpu_ram_efficient_loading would broadcast rank 0's experts to all "
+            "ranks; turn it off (fsdp_cpu_ram_efficient_loading: false) and pass "
+            "sync_from_rank0=True instead."
+        )
+    return _managed_misfit(model)
+
+
+def _managed_misfit(model: nn.Module) -> str | None:
+    way_out = "call apply_expert_parallel first, then wrap the model and build the optimizer."
+    for name, module in model.named_modules():
+        if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
+            return f"FSDP was applied before the experts ({name or 'the model'}); {way_out}"
+        if isinstance(module, DistributedDataParallel):
+            return f"DistributedDataParallel was applied before the experts; {way_out}"
+    for name, param in model.named_parameters():
+        if isinstance(param, DTensor) or getattr(param, "_fsdp_flattened", False):
+            return f"parameter {name} is sharded already; {way_out}"
+    return None
+
+
+def _experts_misfit(
+    request: Request, experts: dict[str, nn.Module], misfits: list[str]
+) -> str | None:
+    if misfits:
+        return (
+            f"{misfits[0]}{f' (and {len(misfits) - 1} more)' if len(misfits) > 1 else ''}; only "
+            f"Mixtral-shaped experts can be made expert-parallel, leave this model as it is."
+        )
+    if not experts:
+        return (
+            "no experts module was found: a Hugging Face mixture-of-experts model of transformers "
+            "5.6 or newer with fused gate_up_proj and down_proj is needed."
+        )
+    size = request.mesh["ep"].size()
+    for name, module in experts.items():
+        num_experts = _weights(module)[0].shape[0]
+        if num_experts % size != 0:
+            return (
+                f"the expert-parallel degree must divide the number of experts: {name} has "
+                f"{num_experts} experts for degree {size}; choose a divisor of {num_experts}."
+            )
+    checks: tuple[Callable[[Request, dict[str, nn.Module]], str | None], ...] = (
+        _uniform_misfit,
+        _device_misfit,
+    )
+    for check in checks:
+        reason = check(request, experts)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _uniform_misfit(_request: Request, experts: dict[str, nn.Module]) -> str | None:
+    params = {
+        f"{name}.{key}": param
+        for name, module in experts.items()
+        for key, param in zip(("gate_up_proj", "down_proj"), _weights(module), strict=True)
+    }
+    if len({id(param) for param in params.values()}) != len(params):
+        return "two experts modules share a weight; untie them first."
+    dtypes = {str(param.dtype) for param in params.values()}
+    if len(dtypes) > 1:
+        return f"expert weights must have one dtype, got {sorted(dtypes)}; cast them (model.to)."
+    devices = {str(param.device) for param in params.values()}
+    if len(devices) > 1:
+        return f"expert weights must be on one device, got {sorted(devices)}; move them (model.to)."
+    for name, module in experts.items():
+        if len({param.requires_grad for param in _weights(module)}) > 1:
+            return (
+                f"{name} is partly frozen; set requires_grad of gate_up_proj and down_proj alike."
+            )
+    return None
+
+
+def _device_misfit(request: Request, experts: dict[str, nn.Module]) -> str | None:
+    device = _weights(next(iter(experts.values())))[0].device
+    device_type = request.mesh.device_type
+    if device.type in ("meta", "cpu"):
+        return None
+    if device.type != device_type:
+        return (
+            f"the experts are on {device} but the mesh is on {device_type}; move the model to the "
+            f"CPU or to {device_type}, or make the mesh for {device.type}."
+        )
+    current = torch.get_device_module(device_type).current_device()
+    if device.index != current:
+        return (
+            f"the experts are on {device} but this rank's current device is "
+            f"{device_type}:{current}; call torch.{device_type}.set_device(local_rank) before "
+            f"loading the model."
+        )
+    return None
+
+
+def _weights(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up, down = module._parameters["gate_up_proj"], module._parameters["down_proj"]
+    assert gate_up is not None
+    assert down is not None
+    return gate_up, down
+
+
+def _signature(experts: dict[str, nn.Module]) -> tuple[tuple[Any, ...], bool]:
+    """What all ranks must have in common, and whether this rank's weights are on meta."""
+    rows = tuple(
+        (name, tuple(param.shape), str(param.dtype), param.requires_grad)
+        for name, module in experts.items()
+        for param in _weights(module)
+    )
+    is_meta = any(param.is_meta for module in experts.values() for param in _weights(module))
+    return rows, is_meta
+
+
+def _agree(
+    reason: str | None, signature: tuple[tuple[Any, ...], bool], sync_from_rank0: bool
+) -> None:
+    notes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(notes, (reason, signature))
+    for rank, (other_reason, _) in enumerate(notes):
+        if other_reason is not None:
+            is_shared = all(note[0] == other_reason for note in notes)
+            raise ValueError(other_reason if is_shared else f"rank {rank}: {other_reason}")
+    rows = [note[1][0] for note in notes]
+    for rank, row in enumerate(rows):
+        if row != rows[0]:
+            raise ValueError(
+                f"ranks 0 and {rank} hold different experts (names, shapes, dtypes or "
+                f"requires_grad); build the same model on every rank."
+            )
+    metas = [note[1][1] for note in notes]
+    if sync_from_rank0 and metas[0]:
+        raise ValueError(
+            "sync_from_rank0=True needs rank 0's experts, but they are on the meta device; load "
+            "the model on rank 0 first."
+        )
+    if not sync_from_rank0 and len(set(metas)) > 1:
+        raise ValueError(
+            f"the experts are on the meta device on ranks "
+            f"{[rank for rank, is_meta in enumerate(metas) if is_meta]} only; pass "
+            f"sync_from_rank0=True, or load the model on every rank."
+        )
+
+
+def torch_version() -> tuple[int, int]:
+    """Major and minor version of the running torch."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _is_true(text: str) -> bool:
+    return text.strip().lower() in ("1", "true", "yes", "on", "y", "t")

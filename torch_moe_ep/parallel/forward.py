@@ -1,0 +1,159 @@
+"""What `apply_expert_parallel` puts around the model's forward.
+
+At the first forward the user's FSDP is in place, so this is where a wrong dense mesh can be
+seen, and where experts that have no FSDP2 root above them get one of their own.
+
+Why a root: FSDP2 lets both all-gather streams wait for the compute stream once per root forward.
+If each experts module were its own root (FSDP1, DDP or nothing outside), every gather would wait
+for all compute queued before it, fully exposed, and neither forward nor backward prefetch would
+have a target. The hidden root is no child of the model: no key of it enters a state dict.
+"""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_state
+
+
+class ExpertsRoot(nn.Module):
+    """FSDP2 root over all experts of a model; runs the model's forward inside its own."""
+
+    def __init__(self, experts: list[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        """Run `call`, the model's forward with its arguments bound (hidden from FSDP's casts)."""
+        return call()
+
+
+def wrap_forward(state: ExpertParallelState) -> None:
+    """Wrap ``model.forward`` (signature kept), and ``model.generate`` where there is one."""
+    forward = state.model.forward
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not state.is_started:
+            _start_eagerly(state)
+        if state.root is None:
+            return forward(*args, **kwargs)
+        return state.root(functools.partial(forward, *args, **kwargs))
+
+    state.model.forward = run
+    generate = getattr(state.model, "generate", None)
+    if generate is not None and state.mesh.size() > state.mesh["replicate"].size():
+        state.model.__dict__["generate"] = _synced_generate(generate)
+
+
+def _synced_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `generate` go on until every rank is done.
+
+    Ranks finish at different lengths, and one that stopped early would leave the others waiting
+    in an exchange of tokens for ever. An explicit `synced_gpus` wins.
+    """
+    parameters = inspect.signature(generate).parameters
+
+    @functools.wraps(generate)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        names = list(parameters)[: len(args)]
+        if "synced_gpus" in parameters and "synced_gpus" not in (*names, *kwargs):
+            kwargs["synced_gpus"] = True
+        return generate(*args, **kwargs)
+
+    return run
+
+
+def _start(state: ExpertParallelState) -> None:
+    """Guard, hidden root and prefetch lists, at the first forward. Local, no traffic."""
+    _check_dense_world(state)
+    _check_experts(state)
+    experts = list(state.experts.values())
+    roots = [fsdp_state(module)._is_root for module in experts]
+    if all(is_root is None for is_root in roots) and not state.fsdp2_modules():
+        state.root = _make_root(state)
+        _prefetch_forward(experts)
+    elif all(is_root is False for is_root in roots):
+        contexts = {id(fsdp_state(module)._state_ctx) for module in experts}
+        if len(contexts) == 1:
+            _prefetch_forward(experts)
+    state.is_started = True
+
+
+# The guard and the wrapping run once and are nothing for torch.compile to trace.
+_start_eagerly: Callable[[ExpertParallelState], None] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _start
+)
+
+
+def _make_root(state: ExpertParallelState) -> nn.Module:
+    root = ExpertsRoot(list(state.experts.values()))
+    fully_shard(
+        root,
+        mesh=state.mesh["shard"],
+        mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+    )
+    return root
+
+
+def _prefetch_forward(experts: list[ExpertParallelExperts]) -> None:
+    """Gather the next layer's experts while this layer computes.
+
+    Expert parallelism blocks the CPU on its token counts, so the CPU runs ahead too little for
+    FSDP2's implicit prefetch. Lists that the user has set stay.
+    """
+    for module, following in itertools.pairwise(experts):
+        assert isinstance(module, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        if not fsdp_state(module)._states_to_forward_prefetch:
+            module.set_modules_to_forward_prefetch([following])
+
+
+def _check_dense_world(state: ExpertParallelState) -> None:
+    """Raise ValueError when dense gradients would not be averaged over all W ranks."""
+    world_size = state.mesh.size()
+    sizes: dict[int, str] = {}
+    for module in state.fsdp2_modules():
+        group = fsdp_state(module)._fsdp_param_group
+        if group is not None:
+            sizes[group.mesh_info.mesh.size()] = "fully_shard"
+    for fsdp1 in state.fsdp1_modules():
+        replicas = getattr(fsdp1, "_inter_node_pg", None)
+        size = dist.get_world_size(fsdp1.process_group)
+        sizes[size * (replicas.size() if replicas is not None else 1)] = "FullyShardedDataParallel"
+    for wrapper in state.wrappers():
+        if isinstance(wrapper, DistributedDataParallel):
+            sizes[dist.get_world_size(wrapper.process_group)] = "DistributedDataParallel"
+    for size, kind in sizes.items():
+        if size != world_size:
+            raise ValueError(
+                f"{kind} spreads dense parameters over {size} ranks, but all {world_size} ranks "
+                f"see different data, so their gradients would be wrong; leave its mesh or "
+                f"process group out, or make one with torch_moe_ep.dense_mesh(mesh, shard_degree)."
+            )
+
+
+def _check_experts(state: ExpertParallelState) -> None:
+    for name, module in state.experts.items():
+        for key, param in module.named_parameters(recurse=False):
+            if param.is_meta:
+                raise ValueError(
+                    f"{name}.{key} is on the meta device; call model.to_empty(device=...) and load "
+                    f"weights, or torch_moe_ep.parallel.initialize_experts(model)."
+                )
+            if isinstance(param, DTensor) and param.dtype != param.to_local().dtype:
+                raise ValueError(
+                    f"{name}.{key} says {param.dtype} but holds {param.to_local().dtype}: its data "
+                    f"was cast from outside (accelerate upcasts so); load the model in "
+                    f"{param.dtype} before apply_expert_parallel."
+                )

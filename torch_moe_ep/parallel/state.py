@@ -1,0 +1,141 @@
+"""What one patched model knows about itself: its mesh, its experts and who wraps it.
+
+`ExpertParallelState` hangs on every experts module as ``expert_parallel_state``, so whatever
+object the user holds (the model, an FSDP1 or DDP wrapper, a compiled model), its experts lead
+here. `live_states` serves the hooks that torch calls without a model: optimizer steps and
+DTensor dispatch.
+"""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_moe_ep.layer import ExpertParallelExperts
+
+_LIVE: "weakref.WeakSet[ExpertParallelState]" = weakref.WeakSet()
+_WRAPPERS = (FullyShardedDataParallel, DistributedDataParallel)
+
+
+@dataclass(eq=False)
+class ExpertParallelState:
+    """One patched model. `experts` maps module names, as they were at apply, to modules."""
+
+    model: nn.Module
+    mesh: DeviceMesh
+    experts: dict[str, ExpertParallelExperts]
+    wrapper_refs: list["weakref.ref[nn.Module]"] = field(default_factory=list)
+    root: nn.Module | None = None
+    is_started: bool = False
+    is_flag_checked: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the expert computation on this rank."""
+        if self.mesh.device_type == "cpu":
+            return torch.device("cpu")
+        index = torch.get_device_module(self.mesh.device_type).current_device()
+        return torch.device(self.mesh.device_type, index)
+
+    def wrappers(self) -> list[nn.Module]:
+        """FSDP1 and DDP wrappers that hold experts of this model, also those outside of it."""
+        found = [wrapper for ref in self.wrapper_refs if (wrapper := ref()) is not None]
+        return [wrapper for wrapper in found if isinstance(wrapper, _WRAPPERS)]
+
+    def fsdp1_modules(self) -> list[FullyShardedDataParallel]:
+        """Every FSDP1 instance in and around the model, each once."""
+        found: dict[int, FullyShardedDataParallel] = {}
+        for top in [*self.wrappers(), self.model]:
+            for module in top.modules():
+                if isinstance(module, FullyShardedDataParallel):
+                    found[id(module)] = module
+        return list(found.values())
+
+    def fsdp2_modules(self) -> list[nn.Module]:
+        """Every FSDP2 module in and above the model that is not an experts module."""
+        found: dict[int, nn.Module] = {}
+        first = next(iter(self.experts.values()))
+        context = fsdp_state(first)._state_ctx
+        above = [module for state in context.all_states for module in state._modules]
+        for module in [*above, *self.model.modules()]:
+            is_own = isinstance(module, ExpertParallelExperts) or module is self.root
+            if not is_own and is_fsdp2(module):
+                found[id(module)] = module
+        return list(found.values())
+
+
+def is_fsdp2(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to a module."""
+    return isinstance(module, FSDPModule)
+
+
+def fsdp_state(module: nn.Module) -> Any:
+    """The FSDP2 state of a module that `fully_shard` was applied to."""
+    assert isinstance(module, FSDPModule)
+    return module._get_fsdp_state()
+
+
+def track(state: ExpertParallelState) -> None:
+    """Make a state reachable from its experts, from `live_states`, and from later wrappers."""
+    _register_wrapper_hook()
+    _LIVE.add(state)
+    for experts in state.experts.values():
+        experts.__dict__["expert_parallel_state"] = state
+
+
+def live_states() -> list[ExpertParallelState]:
+    """States of all patched models that still exist in this process."""
+    return list(_LIVE)
+
+
+def states_of(module: nn.Module) -> list[ExpertParallelState]:
+    """States of the patched models inside `module`, each once, in module order."""
+    found: dict[int, ExpertParallelState] = {}
+    for experts in iter_experts(module):
+        state = experts.__dict__.get("expert_parallel_state")
+        if state is not None:
+            found[id(state)] = state
+    return list(found.values())
+
+
+def iter_experts(module: nn.Module) -> Iterator[ExpertParallelExperts]:
+    """The expert-parallel experts modules inside `module`, in module order."""
+    for child in module.modules():
+        if isinstance(child, ExpertParallelExperts):
+            yield child
+
+
+def has_sharded_fsdp1() -> bool:
+    """Whether an FSDP1 instance of any patched model holds flat shards."""
+    return any(
+        module._handle is not None and module._handle.uses_sharded_strategy
+        for state in live_states()
+        for module in state.fsdp1_modules()
+    )
+
+
+_is_wrapper_hook_registered = False
+
+
+def _register_wrapper_hook() -> None:
+    global _is_wrapper_hook_registered
+    if not _is_wrapper_hook_registered:
+        register_module_module_registration_hook(_note_wrapper)
+        _is_wrapper_hook_registered = True
+
+
+def _note_wrapper(module: nn.Module, _name: str, submodule: nn.Module | None) -> None:
+    """Called by torch for every submodule assignment; remembers wrappers of patched models.
+
+    A wrapper outside the model (FSDP1 without auto wrap, DDP) cannot be found from inside it.
+    """
+    if isinstance(module, _WRAPPERS) and isinstance(submodule, nn.Module):
+        for state in states_of(submodule):
+            state.wrapper_refs.append(weakref.ref(module))

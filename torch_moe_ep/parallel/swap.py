@@ -1,0 +1,124 @@
+"""Turn an experts module into an expert-parallel one, in place.
+
+The module object stays (hooks, names, references) and its class becomes a subclass of the class
+met, so isinstance checks, state-dict keys and `_init_weights` of the host keep working. Each
+weight becomes a DTensor of global shape ``[E, ...]`` that holds this rank's experts: for E = 8
+and P = 4, ep rank 1 holds experts 2 and 3.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from torch_moe_ep.config import MoEConfig
+from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.state import ExpertParallelState
+
+WEIGHT_NAMES = ("gate_up_proj", "down_proj")
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def swap_experts(
+    module: nn.Module, state: ExpertParallelState, config: MoEConfig, sync_from_rank0: bool
+) -> None:
+    """Change one experts module's class and weights.
+
+    Args:
+        module: an experts module that passed the checks; weights on any device or meta.
+        state: the model's state; gives mesh and device.
+        config: handed to the layer; its `gradient` picks the weight-gradient scale.
+        sync_from_rank0: take the weights of global rank 0 instead of this rank's.
+
+    Copies this rank's slice of each weight to the mesh's device. Collective over all ranks with
+    `sync_from_rank0` (one broadcast per weight), else local.
+    """
+    ep_mesh = state.mesh["ep"]
+    num_experts = _weight(module, WEIGHT_NAMES[0]).shape[0]
+    for name in WEIGHT_NAMES:
+        module._parameters[name] = _shard_weight(_weight(module, name), state, sync_from_rank0)
+    module.__class__ = expert_parallel_class(type(module))
+    assert isinstance(module, ExpertParallelExperts)
+    module.setup_expert_parallel(
+        ep_group_name=ep_mesh.get_group().group_name if ep_mesh.size() > 1 else "",
+        ep_size=ep_mesh.size(),
+        ep_rank=ep_mesh.get_local_rank(),
+        num_experts=num_experts,
+        weight_grad_scale=weight_grad_scale(config, state.mesh.size(), ep_mesh.size()),
+        config=config,
+    )
+
+
+def weight_grad_scale(config: MoEConfig, world_size: int, ep_size: int) -> float:
+    """The factor on expert weight gradients, applied once, inside the expert operator.
+
+    The reverse all-to-all leaves a sum over P ranks; FSDP then averages over W / P ranks, which
+    gives P * (sum over W) / W. "mean" wants (sum over W) / W: 1 / P. "sum" wants the sum: W / P.
+    """
+    return 1.0 / ep_size if config.gradient == "mean" else world_size / ep_size
+
+
+def expert_parallel_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The expert-parallel subclass of an experts class; one per class met."""
+    if base not in _classes:
+        name = f"ExpertParallel{base.__name__}"
+        _classes[base] = type(name, (ExpertParallelExperts, base), {"__doc__": base.__doc__})
+    return _classes[base]
+
+
+def local_slice(full: torch.Tensor, state: ExpertParallelState) -> torch.Tensor:
+    """This rank's part of a full weight ``[E, ...]`` as the FSDP shards hold it (a view).
+
+    Experts first, then the FSDP chunk: E = 8, P = 2, S = 2, dimension 1 of length 256 gives ep
+    rank 1, shard rank 0 the view ``full[4:8, 0:128]``.
+    """
+    mesh = state.mesh["ep"]
+    return shard_slice(full.chunk(mesh.size(), dim=0)[mesh.get_local_rank()], state)
+
+
+def shard_slice(experts: torch.Tensor, state: ExpertParallelState) -> torch.Tensor:
+    """This rank's FSDP chunk of its EP rank's weights ``[L, a, b]`` (a view)."""
+    mesh = state.mesh["shard"]
+    dim = shard_dim(experts.shape, mesh.size())
+    chunks = experts.chunk(mesh.size(), dim=dim)
+    rank = mesh.get_local_rank()
+    return chunks[rank] if rank < len(chunks) else experts.narrow(dim, 0, 0)
+
+
+def shard_dim(local_shape: torch.Size, shard_size: int) -> int:
+    """The dimension over which FSDP shards an expert weight ``[L, a, b]``.
+
+    The first of 1 and 2 that the shard degree divides: no strided placement. Else 0, where FSDP
+    pads: ranks may then hold uneven numbers of experts.
+    """
+    return next((dim for dim in (1, 2) if local_shape[dim] % shard_size == 0), 0)
+
+
+def _weight(module: nn.Module, name: str) -> nn.Parameter:
+    param = module._parameters[name]
+    assert param is not None
+    return param
+
+
+def _shard_weight(
+    param: nn.Parameter, state: ExpertParallelState, sync_from_rank0: bool
+) -> nn.Parameter:
+    full = _from_rank0(param, state.device) if sync_from_rank0 else param.detach()
+    mesh = state.mesh["ep"]
+    local = full.chunk(mesh.size(), dim=0)[mesh.get_local_rank()]
+    if not local.is_meta:
+        local = local.to(state.device)
+    if local.untyped_storage().nbytes() != local.numel() * local.element_size():
+        local = local.clone(memory_format=torch.contiguous_format)
+    sharded = DTensor.from_local(local.contiguous(), mesh, [Shard(0)], run_check=False)
+    return nn.Parameter(sharded, requires_grad=param.requires_grad)
+
+
+def _from_rank0(param: nn.Parameter, device: torch.device) -> torch.Tensor:
+    if dist.get_rank() == 0:
+        full = param.detach().to(device).contiguous()
+    else:
+        full = torch.empty(param.shape, dtype=param.dtype, device=device)
+    dist.broadcast(full, src=0)
+    return full
