@@ -1,0 +1,154 @@
+"""The operator expert_mlp: grouped SwiGLU over the slots of every local expert."""
+
+import pytest
+import torch
+from operator_cases import CASES, Case, occupied_rows, strided
+
+from torch_moe_ep import ops, reference
+from torch_moe_ep.testing import relative_error
+
+
+def inputs_of(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+    """rows [R, H], row_weights [R], gate_up, down: leaves that need gradients."""
+    generator = torch.Generator().manual_seed(13)
+    x = torch.randn(case.tokens, case.hidden, generator=generator).to(dtype)
+    rows, row_weights = ops.dispatch(x, case.weights(), case.plan())
+    tensors = (rows, row_weights, *case.expert_weights(dtype))
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def run(function, case, inputs, **options):
+    """Output and the four gradients, rows past the last segment cut off."""
+    plan = case.plan()
+    rows, row_weights, gate_up, down = inputs
+    y = function(rows, row_weights, plan, gate_up, down, **options)
+    used = occupied_rows(plan)
+    generator = torch.Generator().manual_seed(17)
+    upstream = torch.randn(y.shape, generator=generator).to(y.dtype)
+    y.backward(upstream)
+    return [y[:used], rows.grad[:used], row_weights.grad[:used], gate_up.grad, down.grad]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_expert_mlp_value_and_gradients_equal_reference(case):
+    actual = run(ops.expert_mlp, case, inputs_of(case, torch.float32))
+    expected = run(reference.expert_mlp, case, inputs_of(case, torch.float32))
+    for got, wanted in zip(actual, expected, strict=True):
+        assert relative_error(got, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_expert_mlp_half_error_is_within_twice_torchs(case, dtype):
+    """Against fp32 on the same values; torch's own is the loop of linear layers in `dtype`."""
+    half = inputs_of(case, dtype)
+    wide = [tensor.detach().float().requires_grad_() for tensor in half]
+    torchs = [tensor.detach().clone().requires_grad_() for tensor in half]
+    actual = run(ops.expert_mlp, case, half)
+    exact = run(reference.expert_mlp, case, wide)
+    loop = run(linear_loop, case, torchs)
+    floor = torch.finfo(dtype).eps
+    for got, own, wanted in zip(actual, loop, exact, strict=True):
+        bound = 2 * max(relative_error(own.float(), wanted), floor)
+        assert relative_error(got.float(), wanted) <= bound
+
+
+def linear_loop(rows, row_weights, plan, gate_up, down):
+    """Torch in the rows' dtype, expert by expert."""
+    parts = []
+    for expert in range(gate_up.shape[0]):
+        start, stop = plan.expert_offsets[expert].item(), plan.expert_offsets[expert + 1].item()
+        gate, up = torch.nn.functional.linear(rows[start:stop], gate_up[expert]).chunk(2, dim=-1)
+        hidden = torch.nn.functional.silu(gate) * up
+        part = torch.nn.functional.linear(hidden, down[expert])
+        parts.append(part * row_weights[start:stop, None].to(part.dtype))
+    tail = rows[plan.expert_offsets[-1].item() :] * 0
+    return torch.cat([*parts, tail])
+
+
+@pytest.mark.parametrize("options", [
+    {"recompute_gate_up": True},
+    {"slots_per_pass": 3},
+    {"slots_per_pass": 1},
+    {"slots_per_pass": 1000},
+    {"slots_per_pass": 5, "recompute_gate_up": True},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_expert_mlp_passes_and_recompute_change_no_result(case, options):
+    plain = run(ops.expert_mlp, case, inputs_of(case, torch.float32))
+    other = run(ops.expert_mlp, case, inputs_of(case, torch.float32), **options)
+    for got, wanted in zip(other, plain, strict=True):
+        assert relative_error(got, wanted) <= 2e-6
+
+
+def test_expert_mlp_weight_grad_scale_touches_weight_gradients_only():
+    case = CASES[0]
+    plain = run(ops.expert_mlp, case, inputs_of(case, torch.float32))
+    scaled = run(ops.expert_mlp, case, inputs_of(case, torch.float32), weight_grad_scale=0.25)
+    for got, wanted in zip(scaled[:3], plain[:3], strict=True):
+        assert torch.equal(got, wanted)
+    for got, wanted in zip(scaled[3:], plain[3:], strict=True):
+        assert torch.equal(got, 0.25 * wanted)
+
+
+def test_expert_mlp_expert_without_rows_has_zero_gradient():
+    case = Case("all_to_one_expert", top_k=1, routing="one_expert")
+    *_, grad_gate_up, grad_down = run(ops.expert_mlp, case, inputs_of(case, torch.float32))
+    assert not grad_gate_up[:-1].any() and not grad_down[:-1].any()
+    assert grad_gate_up[-1].any() and grad_down[-1].any()
+
+
+def test_expert_mlp_float64_is_refused_by_name():
+    case = CASES[0]
+    inputs = [tensor.detach().double() for tensor in inputs_of(case, torch.float32)]
+    with pytest.raises((RuntimeError, ValueError), match="rows"):
+        ops.expert_mlp(inputs[0], inputs[1].float(), case.plan(), inputs[2], inputs[3])
+
+
+def test_expert_mlp_takes_non_contiguous_tensors():
+    case = CASES[0]
+    inputs = inputs_of(case, torch.float32)
+    expected = run(ops.expert_mlp, case, inputs_of(case, torch.float32))
+    odd = [strided(tensor.detach()).requires_grad_() for tensor in inputs]
+    for got, wanted in zip(run(ops.expert_mlp, case, odd), expected, strict=True):
+        assert relative_error(got, wanted) <= 1e-6
+
+
+def test_expert_mlp_nan_in_one_row_stays_in_that_row():
+    case = CASES[0]
+    rows, row_weights, gate_up, down = (t.detach() for t in inputs_of(case, torch.float32))
+    rows[3, 2] = float("nan")
+    y = ops.expert_mlp(rows, row_weights, case.plan(), gate_up, down)
+    assert y[3].isnan().all()
+    assert not y[[*range(3), *range(4, len(y))]].isnan().any()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.row_alignment == 1], ids=str)
+def test_expert_mlp_opcheck(case):
+    rows, row_weights, gate_up, down = inputs_of(case, torch.float32)
+    offsets = case.plan().expert_offsets
+    arguments = (rows, row_weights, offsets, offsets.clone(), gate_up, down, 0.5, 0, False)
+    torch.library.opcheck(torch.ops.torch_moe_ep.expert_mlp.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("place", "tensor", "message"),
+    [
+        (0, torch.zeros(14, 15), "rows|gate_up"),
+        (0, torch.zeros(14), "rows"),
+        (1, torch.zeros(13), "row_weights"),
+        (1, torch.zeros(14, dtype=torch.bfloat16), "row_weights"),
+        (2, torch.zeros(4, 16, 15), "gate_up"),
+        (2, torch.zeros(3, 16, 16), "gate_up"),
+        (2, torch.zeros(4, 16, 16, dtype=torch.bfloat16), "gate_up"),
+        (3, torch.zeros(4, 16, 9), "down"),
+        (3, torch.zeros(4, 15, 8), "down"),
+    ],
+    ids=str,
+)
+def test_expert_mlp_wrong_input_is_refused_by_name(place, tensor, message):
+    case = CASES[0]
+    given = [t.detach() for t in inputs_of(case, torch.float32)]
+    given[place] = tensor
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        ops.expert_mlp(given[0], given[1], case.plan(), given[2], given[3])

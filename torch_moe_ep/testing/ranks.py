@@ -1,0 +1,255 @@
+"""Run functions as ranks: forked worker processes over a file store, with a time-out per case.
+
+    with RankPool(world_size=4) as pool:
+        results = pool.run(function, argument, timeout_s=60)   # one result per rank
+
+`function` is a module-level function; it runs on every rank inside a fresh process group and its
+return value comes back by pickle. Workers are forked from a server process that has the heavy
+imports done and has never run autograd (a forked process cannot run backward after its parent
+did), so a pool of four starts in a fraction of a second. A failure or a time-out names the ranks
+and shows what they were doing, and the pool starts fresh workers for the next case.
+"""
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+DEFAULT_TIMEOUT_S = 60.0
+GRACE_S = 3.0  # how long the other ranks may take to answer once one has failed
+PRELOAD = (
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "torch._dynamo",
+    "transformers.models.mixtral.modeling_mixtral",
+    "torch_moe_ep",
+    "torch_moe_ep.testing",
+)
+
+
+class RankFailure(RuntimeError):
+    """One or more ranks raised, died or hung; the message names them and says what they did."""
+
+
+class RankPool:
+    """`world_size` worker processes, started at the first `run`, that act as ranks.
+
+    Args:
+        world_size: number of ranks.
+        backend: c10d backend of the default process group; "" makes no process group.
+        threads: torch intra-op threads per rank.
+    """
+
+    def __init__(self, world_size: int, *, backend: str = "gloo", threads: int = 1) -> None:
+        self.world_size = world_size
+        self.backend = backend
+        self.threads = threads
+        self._workers: list[tuple[Any, Connection]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._case = 0
+
+    def __enter__(self) -> Self:
+        """The pool itself; workers start at the first `run`."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the pool."""
+        self.close()
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        arg_of_rank: list[Any] | None = None,
+    ) -> list[Any]:
+        """Run `function(*args)` on every rank and return the results in rank order.
+
+        Args:
+            function: importable by name on the workers.
+            args: pickled once, the same for all ranks.
+            timeout_s: wall-clock limit of the whole case.
+            arg_of_rank: an extra first argument per rank.
+
+        Raises:
+            RankFailure: a rank raised, died or did not answer in time.
+        """
+        if not self._workers:
+            self._start()
+        self._case += 1
+        assert self._folder is not None
+        store = str(Path(self._folder.name) / f"store{self._case}")
+        for rank, (_, connection) in enumerate(self._workers):
+            first = () if arg_of_rank is None else (arg_of_rank[rank],)
+            connection.send_bytes(pickle.dumps((function, (*first, *args), store)))
+        return self._collect(function, timeout_s)
+
+    def close(self) -> None:
+        """End the workers this pool started and remove its folder."""
+        for process, connection in self._workers:
+            with contextlib.suppress(OSError):
+                connection.send_bytes(pickle.dumps(None))
+            process.join(timeout=1.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            connection.close()
+        self._workers = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="torch_moe_ep_ranks_")
+        context = _server_context()
+        for rank in range(self.world_size):
+            ours, theirs = multiprocessing.Pipe()
+            process = context.Process(
+                target=_work,
+                args=(theirs, rank, self.world_size, self.backend, self.threads, self._log(rank)),
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def _log(self, rank: int) -> str:
+        assert self._folder is not None
+        return str(Path(self._folder.name) / f"rank{rank}.log")
+
+    def _collect(self, function: Callable[..., Any], timeout_s: float) -> list[Any]:
+        deadline = time.monotonic() + timeout_s
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for connection in wait(list(waiting), timeout=left):
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                try:
+                    is_ok, value = pickle.loads(connection.recv_bytes())
+                except (EOFError, OSError):
+                    failures[rank] = self._obituary(rank)
+                else:
+                    (results if is_ok else failures)[rank] = value
+                if failures:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        if not waiting and not failures:
+            return [results[rank] for rank in range(self.world_size)]
+        message = self._report(function, timeout_s, failures, sorted(waiting.values()))
+        self._kill()
+        raise RankFailure(message)
+
+    def _report(
+        self, function: Callable[..., Any], timeout_s: float, failures: dict[int, str],
+        silent: list[int],
+    ) -> str:  # fmt: skip
+        name = getattr(function, "__qualname__", repr(function))
+        lines = [f"{name} on {self.world_size} ranks failed."]
+        for rank, text in failures.items():
+            lines.append(f"--- rank {rank} ---\n{text.rstrip()}")
+        limit = f"in {timeout_s:g} s" if not failures else f"within {GRACE_S:g} s of the failure"
+        for rank in silent:
+            lines.append(f"--- rank {rank} hung: no answer {limit} ---\n{self._stack(rank)}")
+        return "\n".join(lines)
+
+    def _obituary(self, rank: int) -> str:
+        process = self._workers[rank][0]
+        process.join(timeout=2.0)
+        return f"rank {rank} died with exit code {process.exitcode}\n{self._log_tail(rank)}"
+
+    def _stack(self, rank: int) -> str:
+        process = self._workers[rank][0]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        return self._log_tail(rank)
+
+    def _log_tail(self, rank: int) -> str:
+        path = Path(self._log(rank))
+        return path.read_text(errors="replace")[-4000:] if path.exists() else ""
+
+    def _kill(self) -> None:
+        for process, connection in self._workers:
+            process.kill()
+            process.join()
+            connection.close()
+        self._workers = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+
+def _server_context() -> ForkServerContext:
+    """The fork server's context; the server starts with the first worker of the session."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))
+    return context
+
+
+def _work(
+    connection: Connection, rank: int, world_size: int, backend: str, threads: int, log: str
+) -> None:
+    """One worker: run cases until told to stop. Output goes to the rank's log file."""
+    torch.set_num_threads(threads)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.register(signal.SIGUSR1, file=output, all_threads=True)
+    faulthandler.enable(file=output)
+    while True:
+        message = connection.recv_bytes()
+        try:
+            job = pickle.loads(message)
+            if job is None:
+                return
+            function, args, store = job
+            with _process_group(store, rank, world_size, backend):
+                answer = (True, function(*args))
+            answer_bytes = pickle.dumps(answer)
+        except BaseException:
+            answer_bytes = pickle.dumps((False, traceback.format_exc()))
+        connection.send_bytes(answer_bytes)
+
+
+@contextlib.contextmanager
+def _process_group(store: str, rank: int, world_size: int, backend: str) -> Any:
+    if not backend:
+        yield
+        return
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    dist.init_process_group(
+        backend,
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
