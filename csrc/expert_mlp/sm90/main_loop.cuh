@@ -1,0 +1,89 @@
+// The consumers' main loop: wgmma over the stages of one tile.
+#pragma once
+
+#include "expert_mlp/sm90/kernel_config.cuh"
+#include "expert_mlp/sm90/ptx.cuh"
+#include "expert_mlp/sm90/wgmma.cuh"
+
+namespace torch_moe_ep::sm90 {
+
+// Byte distances inside a stage of one operand; layouts in producer.cuh.
+template <bool kIsMnMajor, bool kIsShared, int kExtent>
+struct OperandLayout {
+  static constexpr int kChunkK = kIsShared ? kStepK / 2 : kStepK;
+  static constexpr int kChunkBytes = kIsMnMajor ? kChunkK * kStepRowBytes : kChunk * kStepRowBytes;
+
+  // Of the 16-deep k step: 32 B along a K-major row; 16 rows of an MN-major chunk, whose second
+  // half of k lies behind all chunks of the first if the load was shared.
+  __device__ static constexpr int k16_offset(int k16) {
+    if (!kIsMnMajor) return k16 * 32;
+    const int k = k16 * 16;
+    return k / kChunkK * (kExtent / kChunk) * kChunkBytes + k % kChunkK * kStepRowBytes;
+  }
+};
+
+// Frees a stage: for this CTA's producer and, in a cluster, for the peer's, which writes it too.
+template <class Config>
+__device__ __forceinline__ void release_stage(uint32_t empty_barrier, int thread) {
+  if constexpr (Config::kClusterSize == 1) {
+    if (thread == 0) barrier_arrive(empty_barrier);
+  } else {
+    if (thread < Config::kClusterSize) barrier_arrive_remote(empty_barrier, thread);
+  }
+}
+
+template <class Config>
+__device__ __forceinline__ void multiply_stage(
+    float (&acc)[Config::kRowBlocks][Config::kBlockN / 2], uint32_t a, uint32_t b, int step) {
+  using LayoutA = OperandLayout<Config::kTransposeA, (Config::kClusterN > 1), Config::kBlockM>;
+  using LayoutB = OperandLayout<Config::kTransposeB, (Config::kClusterM > 1), Config::kBlockN>;
+  using Instruction = Wgmma<Config::kBlockN, Config::kTransposeA, Config::kTransposeB>;
+#pragma unroll
+  for (int k16 = 0; k16 < kStepK / 16; ++k16) {
+    const uint64_t b_descriptor =
+        matrix_descriptor(b + LayoutB::k16_offset(k16), LayoutB::kChunkBytes);
+#pragma unroll
+    for (int block = 0; block < Config::kRowBlocks; ++block) {
+      const uint64_t a_descriptor = matrix_descriptor(
+          a + block * LayoutA::kChunkBytes + LayoutA::k16_offset(k16), LayoutA::kChunkBytes);
+      Instruction::run(acc[block], a_descriptor, b_descriptor, k16 > 0 || step > 0);
+    }
+  }
+}
+
+// on_issued runs once the tile's last wgmma is issued, before it is waited for.
+template <class Config, class OnIssued>
+__device__ __forceinline__ void multiply_tile(float (&acc)[Config::kRowBlocks][Config::kBlockN / 2],
+                                              const SharedLayout<Config>& shared,
+                                              Ring<Config::kStages>& ring, int steps, int first_row,
+                                              int thread, OnIssued on_issued) {
+  using LayoutA = OperandLayout<Config::kTransposeA, (Config::kClusterN > 1), Config::kBlockM>;
+  const uint32_t a_offset = first_row / kChunk * LayoutA::kChunkBytes;
+  int previous = 0;
+  for (int step = 0; step < steps; ++step) {
+    barrier_wait(shared.full(ring.stage), ring.phase);
+    wgmma_fence();
+    multiply_stage<Config>(acc, shared.a(ring.stage) + a_offset, shared.b(ring.stage), step);
+    wgmma_commit();
+    wgmma_wait<1>();  // the previous stage's
+    if (step > 0) release_stage<Config>(shared.empty(previous), thread);
+    previous = ring.stage;
+    ring.next();
+  }
+  on_issued();
+  wgmma_wait<0>();
+  if (steps > 0) release_stage<Config>(shared.empty(previous), thread);
+}
+
+// A part that nobody stores (past its segment or past the matrix): keeps the stages turning.
+template <class Config>
+__device__ __forceinline__ void discard_tile(const SharedLayout<Config>& shared,
+                                             Ring<Config::kStages>& ring, int steps, int thread) {
+  for (int step = 0; step < steps; ++step) {
+    barrier_wait(shared.full(ring.stage), ring.phase);
+    release_stage<Config>(shared.empty(ring.stage), thread);
+    ring.next();
+  }
+}
+
+}  // namespace torch_moe_ep::sm90
