@@ -1,162 +1,186 @@
-// SwiGLU and its gradient, limited by memory bandwidth: 16-byte streaming accesses, one pass.
-#include <cuda_bf16.h>
-
-#include <algorithm>
-
 #include "expert_mlp/swiglu_kernels.h"
+
+#include "common/vector.cuh"
 
 namespace torch_moe_ep {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kVector = 8;                  // bf16 values of a 16-byte access
-constexpr int64_t kNarrowWidth = 2048;      // up to here one warp takes a row, else the block
-constexpr int kBlocksPerLaunch = 132 * 16;  // rows are strided over; more blocks gain nothing
+constexpr int kMaxWarps = 8;
+// Rows narrower than this are shared by a warp each instead of a block each.
+constexpr int64_t kWarpRowWidth = 2048;
 
-struct Vector {
-  uint4 bits;
+// What forward and backward need of one (gate, up) pair, in fp32.
+struct Swiglu {
+  float sigmoid;
+  float silu;
+  float hidden;  // silu(gate) * up
+};
 
-  __device__ __forceinline__ void unpack(float (&values)[kVector]) const {
-    const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&bits);
-#pragma unroll
-    for (int i = 0; i < kVector / 2; ++i) {
-      const float2 pair = __bfloat1622float2(pairs[i]);
-      values[2 * i] = pair.x;
-      values[2 * i + 1] = pair.y;
-    }
+// fp32 data gets the exact exponential and division; the fast ones (a few units in the last place
+// of fp32) are far below one rounding of the 16-bit types.
+template <typename T>
+__device__ inline Swiglu swiglu_of(float gate, float up) {
+  Swiglu result;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    result.sigmoid = 1.0f / (1.0f + expf(-gate));
+  } else {
+    result.sigmoid = __fdividef(1.0f, 1.0f + __expf(-gate));
   }
-  __device__ __forceinline__ static Vector pack(const float (&values)[kVector]) {
-    Vector result;
-    auto* pairs = reinterpret_cast<__nv_bfloat162*>(&result.bits);
-#pragma unroll
-    for (int i = 0; i < kVector / 2; ++i) {
-      pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-    }
-    return result;
+  result.silu = gate * result.sigmoid;
+  result.hidden = result.silu * up;
+  return result;
+}
+
+// The elements of one row that one team of kWarps warps walks, kCount at a time.
+template <int kWarps, int kCount>
+struct RowTeam {
+  static constexpr int kStride = kWarps * kWarpSize * kCount;
+  static constexpr int kRowsPerBlock = kMaxWarps / kWarps;
+  int64_t row;
+  int64_t first;
+  int warp;
+  int lane;
+
+  __device__ RowTeam() {
+    const int thread = static_cast<int>(threadIdx.x);
+    lane = thread % kWarpSize;
+    warp = thread / kWarpSize;
+    row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + warp / kWarps;
+    first = static_cast<int64_t>(thread % (kWarps * kWarpSize)) * kCount;
   }
 };
 
-__device__ __forceinline__ Vector load(const void* base, int64_t element) {
-  const auto* address = static_cast<const __nv_bfloat16*>(base) + element;
-  return {__ldcs(reinterpret_cast<const uint4*>(address))};
-}
-
-__device__ __forceinline__ void store(void* base, int64_t element, const Vector& vector) {
-  auto* address = static_cast<__nv_bfloat16*>(base) + element;
-  __stcs(reinterpret_cast<uint4*>(address), vector.bits);
-}
-
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-
-// The sum over the kRowThreads threads of a row, valid in the first of them. A fixed tree:
-// bit-equal from run to run.
-template <int kRowThreads>
-__device__ __forceinline__ float sum_of_row(float value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_down_sync(0xffffffffu, value, step);
-  if constexpr (kRowThreads > 32) {
-    __shared__ float warp_sums[kThreads / 32];
-    if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      value = 0.0f;
-      for (const float warp_sum : warp_sums) value += warp_sum;
-    }
-    __syncthreads();  // before the next row writes warp_sums
-  }
-  return value;
-}
-
-template <int kRowThreads>
-__global__ void __launch_bounds__(kThreads) swiglu_kernel(const SwigluParams p) {
-  constexpr int kRows = kThreads / kRowThreads;
-  const int64_t num_rows = min(*p.num_rows, p.rows);
-  for (int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kRowThreads; row < num_rows;
-       row += int64_t{gridDim.x} * kRows) {
-    const float weight = p.row_weights[row];
-    for (int64_t i = threadIdx.x % kRowThreads * kVector; i < p.width; i += kRowThreads * kVector) {
-      float gate[kVector], up[kVector], activation[kVector];
-      load(p.z, row * 2 * p.width + i).unpack(gate);
-      load(p.z, row * 2 * p.width + p.width + i).unpack(up);
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        activation[v] = weight * (gate[v] * sigmoid(gate[v])) * up[v];
-      }
-      store(p.activation, row * p.width + i, Vector::pack(activation));
-    }
-  }
-}
-
-// With s = sigmoid(gate): d silu / d gate = s (1 + gate (1 - s)).
-template <int kRowThreads>
-__global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(const SwigluBackwardParams p) {
-  constexpr int kRows = kThreads / kRowThreads;
-  const SwigluParams& f = p.forward;
-  const int64_t num_rows = min(*f.num_rows, f.rows);
-  for (int64_t row = int64_t{blockIdx.x} * kRows + threadIdx.x / kRowThreads; row < num_rows;
-       row += int64_t{gridDim.x} * kRows) {
-    const float weight = f.row_weights[row];
-    const int64_t z_row = row * 2 * f.width;
-    float row_sum = 0.0f;
+template <typename T, int kWarps, int kCount>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize) swiglu_rows(const SwigluParams p) {
+  const RowTeam<kWarps, kCount> team;
+  if (team.row >= *p.num_rows || team.row >= p.rows) return;
+  const T* gates = static_cast<const T*>(p.z) + team.row * 2 * p.width;
+  const T* ups = gates + p.width;
+  T* activations = static_cast<T*>(p.activation) + team.row * p.width;
+  const float row_weight = p.row_weights[team.row];
 #pragma unroll 2
-    for (int64_t i = threadIdx.x % kRowThreads * kVector; i < f.width; i += kRowThreads * kVector) {
-      float grad[kVector], gate[kVector], up[kVector];
-      load(p.grad_activation, row * f.width + i).unpack(grad);
-      load(f.z, z_row + i).unpack(gate);
-      load(f.z, z_row + f.width + i).unpack(up);
-      float activation[kVector];
+  for (int64_t i = team.first; i < p.width; i += team.kStride) {
+    float gate[kCount];
+    float up[kCount];
+    load_as_float(gates + i, gate);
+    load_as_float(ups + i, up);
+    float activation[kCount];
 #pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        const float s = sigmoid(gate[v]);
-        const float silu = gate[v] * s;
-        const float product = silu * up[v];
-        const float weighted_grad = grad[v] * weight;
-        row_sum += grad[v] * product;
-        activation[v] = weight * silu * up[v];
-        gate[v] = weighted_grad * up[v] * (s * (1.0f + gate[v] * (1.0f - s)));
-        up[v] = weighted_grad * silu;
-      }
-      store(p.grad_z, z_row + i, Vector::pack(gate));
-      store(p.grad_z, z_row + f.width + i, Vector::pack(up));
-      if (f.activation != nullptr) store(f.activation, row * f.width + i, Vector::pack(activation));
+    for (int j = 0; j < kCount; ++j) {
+      activation[j] = row_weight * swiglu_of<T>(gate[j], up[j]).hidden;
     }
-    row_sum = sum_of_row<kRowThreads>(row_sum);
-    if (threadIdx.x % kRowThreads == 0) p.grad_row_weights[row] = row_sum;
+    store_from_float(activations + i, activation);
   }
 }
 
-bool is_valid(const SwigluParams& p) {
-  return p.rows >= 0 && p.width > 0 && p.width % kVector == 0;
+// With h = silu(gate) * up and a = row_weight * h, given da:
+//   d row_weight = sum of da * h;  dh = row_weight * da
+//   d up = dh * silu;  d gate = dh * up * sigmoid * (1 + gate * (1 - sigmoid))
+// Each element of z is read before the same thread writes grad_z there: they may be one buffer.
+template <typename T, int kWarps, int kCount>
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize)
+    swiglu_rows_backward(const SwigluBackwardParams p) {
+  const RowTeam<kWarps, kCount> team;
+  const SwigluParams& f = p.forward;
+  // kWarps == kMaxWarps: one row a block, so the whole block leaves here or none of it.
+  if (team.row >= *f.num_rows || team.row >= f.rows) return;
+  const T* gates = static_cast<const T*>(f.z) + team.row * 2 * f.width;
+  const T* grads = static_cast<const T*>(p.grad_activation) + team.row * f.width;
+  T* grad_gates = static_cast<T*>(p.grad_z) + team.row * 2 * f.width;
+  T* activations =
+      f.activation == nullptr ? nullptr : static_cast<T*>(f.activation) + team.row * f.width;
+  const float row_weight = f.row_weights[team.row];
+  float dot = 0.0f;
+  for (int64_t i = team.first; i < f.width; i += team.kStride) {
+    float gate[kCount];
+    float up[kCount];
+    float grad[kCount];
+    load_as_float(gates + i, gate);
+    load_as_float(gates + f.width + i, up);
+    load_as_float(grads + i, grad);
+    float activation[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const Swiglu swiglu = swiglu_of<T>(gate[j], up[j]);
+      const float grad_h = row_weight * grad[j];
+      dot += grad[j] * swiglu.hidden;
+      activation[j] = row_weight * swiglu.hidden;
+      gate[j] = grad_h * up[j] * swiglu.sigmoid * (1.0f + gate[j] * (1.0f - swiglu.sigmoid));
+      up[j] = grad_h * swiglu.silu;
+    }
+    store_from_float(grad_gates + i, gate);
+    store_from_float(grad_gates + f.width + i, up);
+    if (activations != nullptr) store_from_float(activations + i, activation);
+  }
+  dot = warp_sum(dot);
+  if constexpr (kWarps > 1) {
+    __shared__ float warp_dots[kWarps];
+    if (team.lane == 0) warp_dots[team.warp] = dot;
+    __syncthreads();
+    dot = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) dot += warp_dots[warp];
+  }
+  if (team.first == 0) p.grad_row_weights[team.row] = dot;
 }
 
-unsigned num_blocks(int64_t rows, int rows_per_block) {
-  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
-  return static_cast<unsigned>(std::min<int64_t>(blocks, kBlocksPerLaunch));
+template <typename T, int kWarps, int kCount>
+cudaError_t launch(const SwigluParams& p, cudaStream_t stream) {
+  constexpr int kRows = RowTeam<kWarps, kCount>::kRowsPerBlock;
+  const auto blocks = static_cast<unsigned>((p.rows + kRows - 1) / kRows);
+  swiglu_rows<T, kWarps, kCount><<<blocks, kMaxWarps * kWarpSize, 0, stream>>>(p);
+  return cudaGetLastError();
 }
+
+template <typename T, int kWarps, int kCount>
+cudaError_t launch(const SwigluBackwardParams& p, cudaStream_t stream) {
+  constexpr int kRows = RowTeam<kWarps, kCount>::kRowsPerBlock;
+  const auto blocks = static_cast<unsigned>((p.forward.rows + kRows - 1) / kRows);
+  swiglu_rows_backward<T, kWarps, kCount><<<blocks, kMaxWarps * kWarpSize, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <typename T, typename Params>
+cudaError_t launch_of_type(const Params& p, int64_t width, bool is_aligned, cudaStream_t stream) {
+  constexpr int kCount = kAccessBytes / static_cast<int>(sizeof(T));
+  const bool is_narrow = width < kWarpRowWidth;
+  if (is_aligned) {
+    return is_narrow ? launch<T, 1, kCount>(p, stream) : launch<T, kMaxWarps, kCount>(p, stream);
+  }
+  return is_narrow ? launch<T, 1, 1>(p, stream) : launch<T, kMaxWarps, 1>(p, stream);
+}
+
+template <typename Params>
+cudaError_t launch_any(const Params& p, const SwigluParams& forward, uintptr_t addresses,
+                       cudaStream_t stream) {
+  if (forward.rows == 0) return cudaSuccess;
+  const auto row_bytes =
+      static_cast<uintptr_t>(forward.width * element_bytes(forward.element_type));
+  const bool is_aligned = (addresses | row_bytes) % kAccessBytes == 0;
+  switch (forward.element_type) {
+    case ElementType::kFloat32:
+      return launch_of_type<float>(p, forward.width, is_aligned, stream);
+    case ElementType::kBFloat16:
+      return launch_of_type<__nv_bfloat16>(p, forward.width, is_aligned, stream);
+    case ElementType::kFloat16:
+      return launch_of_type<__half>(p, forward.width, is_aligned, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+inline uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
 }  // namespace
 
-cudaError_t launch_swiglu(const SwigluParams& p, cudaStream_t stream) {
-  if (!is_valid(p)) return cudaErrorInvalidValue;
-  if (p.rows == 0) return cudaSuccess;
-  if (p.width <= kNarrowWidth) {
-    swiglu_kernel<32><<<num_blocks(p.rows, kThreads / 32), kThreads, 0, stream>>>(p);
-  } else {
-    swiglu_kernel<kThreads><<<num_blocks(p.rows, 1), kThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+cudaError_t launch_swiglu(const SwigluParams& params, cudaStream_t stream) {
+  return launch_any(params, params, address(params.z) | address(params.activation), stream);
 }
 
-cudaError_t launch_swiglu_backward(const SwigluBackwardParams& p, cudaStream_t stream) {
-  if (!is_valid(p.forward)) return cudaErrorInvalidValue;
-  if (p.forward.rows == 0) return cudaSuccess;
-  if (p.forward.width <= kNarrowWidth) {
-    const unsigned blocks = num_blocks(p.forward.rows, kThreads / 32);
-    swiglu_backward_kernel<32><<<blocks, kThreads, 0, stream>>>(p);
-  } else {
-    swiglu_backward_kernel<kThreads><<<num_blocks(p.forward.rows, 1), kThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+cudaError_t launch_swiglu_backward(const SwigluBackwardParams& params, cudaStream_t stream) {
+  const SwigluParams& forward = params.forward;
+  const uintptr_t addresses = address(forward.z) | address(forward.activation) |
+                              address(params.grad_activation) | address(params.grad_z);
+  return launch_any(params, forward, addresses, stream);
 }
 
 }  // namespace torch_moe_ep
