@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from tests.gpu.cases import (
+from .cases import (
     Case,
     expert_ids_of,
     normal,
@@ -48,9 +48,7 @@ def mlp_cases(dtype: torch.dtype) -> list[MlpCase]:
 
 
 ALL_CASES = [
-    case
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    for case in mlp_cases(dtype)
+    case for dtype in (torch.float32, torch.bfloat16, torch.float16) for case in mlp_cases(dtype)
 ]
 
 
@@ -85,9 +83,7 @@ def inputs_of(case: MlpCase) -> Inputs:
     experts, hidden, width = routed.num_experts, routed.hidden, case.width
     gate_up = normal(experts, 2 * width, hidden, seed=4, scale=hidden**-0.5)
     down = normal(experts, hidden, width, seed=5, scale=width**-0.5)
-    return Inputs(
-        plan, rows, row_weights, gate_up.to(rows), down.to(rows), grad_y
-    )
+    return Inputs(plan, rows, row_weights, gate_up.to(rows), down.to(rows), grad_y)
 
 
 def results_of(inputs: Inputs, **options: object) -> list[torch.Tensor]:
@@ -251,9 +247,7 @@ def test_expert_mlp_opcheck() -> None:
         t.requires_grad_() for t in (inputs.rows, inputs.row_weights, inputs.gate_up, inputs.down)
     ]
     host_offsets = torch.empty(0, dtype=torch.long)
-    arguments = (
-        *leaves[:2], inputs.plan.expert_offsets, host_offsets, *leaves[2:], 1.0, 0, False
-    )
+    arguments = (*leaves[:2], inputs.plan.expert_offsets, host_offsets, *leaves[2:], 1.0, 0, False)
     torch.library.opcheck(
         torch.ops.torch_moe_ep.expert_mlp.default,
         arguments,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.cases import (
+from .cases import (
     MOVEMENT_CASES,
     Case,
     expert_ids_of,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.cases import MOVEMENT_CASES, Case, expert_ids_of, poisoned_memory, requires_gpu
+from .cases import MOVEMENT_CASES, Case, expert_ids_of, poisoned_memory, requires_gpu
 from torch_moe_ep import ops
 
 pytestmark = requires_gpu

@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.cases import normal, relative_error, requires_gpu
+from .cases import normal, relative_error, requires_gpu
 from torch_moe_ep import ops
 
 pytestmark = requires_gpu
 
-SHAPES = [(0, 8, 2), (1, 1, 1), (257, 8, 2), (1000, 33, 5), (64, 128, 8), (64, 512, 32), (9, 16, 16)]
+SHAPES = [
+    (0, 8, 2),
+    (1, 1, 1),
+    (257, 8, 2),
+    (1000, 33, 5),
+    (64, 128, 8),
+    (64, 512, 32),
+    (9, 16, 16),
+]
 
 
 def route_reference(
@@ -26,7 +34,9 @@ def route_reference(
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_route_equals_torch(shape: tuple[int, int, int], dtype: torch.dtype, normalize: bool) -> None:
+def test_route_equals_torch(
+    shape: tuple[int, int, int], dtype: torch.dtype, normalize: bool
+) -> None:
     num_tokens, num_experts, top_k = shape
     # Distinct logits, so that no tie decides.
     order = torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,96 @@
+"""The one-process layer on the GPU against Hugging Face's eager experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from torch_moe_ep import apply_expert_parallel, clip_grad_norm_, init_device_mesh
+from torch_moe_ep.testing import assert_close, batch_of, tiny_mixtral
+
+from .cases import poisoned_memory, requires_gpu
+
+pytestmark = requires_gpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def gradients_of(
+    is_parallel: bool, dtype: torch.dtype = torch.float32, **overrides: object
+) -> dict[str, torch.Tensor]:
+    """The loss and every gradient of one batch."""
+    model = tiny_mixtral(router_scale=20.0, **overrides).to("cuda", dtype)
+    if is_parallel:
+        apply_expert_parallel(model, init_device_mesh("cuda", 1))
+    batch = {key: value.cuda() for key, value in batch_of(0).items()}
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {"loss": loss.detach()}
+    for name, param in model.named_parameters():
+        gradient = param.grad
+        assert gradient is not None or not is_parallel, f"{name} has no gradient"
+        if gradient is None:
+            gradient = torch.zeros_like(param)
+        full = getattr(gradient, "full_tensor", lambda gradient=gradient: gradient)()
+        gradients[name] = full.float()
+    return gradients
+
+
+@pytest.mark.parametrize("output_router_logits", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_layer_float32_equals_hugging_face_eager(top_k: int, output_router_logits: bool) -> None:
+    overrides = {"num_experts_per_tok": top_k, "output_router_logits": output_router_logits}
+    with poisoned_memory():
+        ours = gradients_of(True, **overrides)
+    assert_close(ours, gradients_of(False, **overrides), 1e-5, "gradients")
+
+
+def test_layer_twice_is_bit_equal() -> None:
+    """Trap 21: gradients, attention and embeddings included, in bfloat16."""
+    first = gradients_of(True, torch.bfloat16)
+    for name, value in gradients_of(True, torch.bfloat16).items():
+        if "experts" in name or name == "loss":
+            assert torch.equal(value, first[name]), name
+
+
+def test_layer_autocast_trains() -> None:
+    model = tiny_mixtral().cuda()
+    apply_expert_parallel(model, init_device_mesh("cuda", 1))
+    batch = {key: value.cuda() for key, value in batch_of(0).items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for _ in range(5):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        assert torch.isfinite(clip_grad_norm_(model, 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_layer_float16_with_grad_scaler_trains() -> None:
+    model = tiny_mixtral().cuda()
+    apply_expert_parallel(model, init_device_mesh("cuda", 1))
+    batch = {key: value.cuda() for key, value in batch_of(0).items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    losses = []
+    for _ in range(5):
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = model(**batch).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1

@@ -1,0 +1,207 @@
+"""Expert parallelism over NCCL with several ranks on one GPU: right values, no timings.
+
+NCCL refuses two ranks on one GPU unless each names another host; the ranks then talk over sockets.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from torch_moe_ep import apply_expert_parallel, init_device_mesh, ops
+from torch_moe_ep.testing import RankPool, assert_close, batch_of, relative_error, tiny_mixtral
+from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
+from torch_moe_ep.testing.reference import reference_gradients, reference_steps
+
+from .cases import Case, expert_ids_of, integers, normal, requires_gpu
+
+pytestmark = requires_gpu
+
+NUM_STEPS = 3
+LEARNING_RATE = 0.5
+TIMEOUT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def gpu_ranks() -> Iterator[Callable[[int], RankPool]]:
+    """`gpu_ranks(W)` gives a pool of W ranks that share the GPU."""
+    pools: dict[int, RankPool] = {}
+
+    def pool_of(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size, backend="nccl")
+        return pools[world_size]
+
+    yield pool_of
+    for pool in pools.values():
+        pool.close()
+
+
+def enter_rank() -> int:
+    """Take the one GPU; before the first collective, which is when NCCL reads its settings."""
+    rank = dist.get_rank()
+    os.environ.update(
+        LOCAL_RANK="0",
+        NCCL_HOSTID=f"rank{rank}",
+        NCCL_SOCKET_IFNAME="lo",
+        NCCL_IB_DISABLE="1",
+        NCCL_P2P_DISABLE="1",
+        NCCL_SHM_DISABLE="1",
+    )
+    torch.cuda.set_device(0)
+    torch.cuda.init()
+    return rank
+
+
+def case_of_rank(rank: int, top_k: int) -> Case:
+    """Ranks differ in their number of tokens; rank 1 has none."""
+    return Case(0 if rank == 1 else 150 + 40 * rank, 8, top_k, 48, "skewed", torch.float32)
+
+
+def move_with_constant_experts(top_k: int) -> list[bool]:
+    """Expert e multiplies by e + 1: every copy reached its own expert and came back (trap 16)."""
+    rank = enter_rank()
+    case = case_of_rank(rank, top_k)
+    ids = expert_ids_of(case, seed=rank).cuda()
+    x = integers(case.num_tokens, case.hidden, dtype=case.dtype, seed=rank).cuda().requires_grad_()
+    weights = normal(case.num_tokens, top_k, seed=rank + 50).cuda().requires_grad_()
+    plan = ops.plan(ids, case.num_experts, group_name=dist.group.WORLD.group_name)
+    rows, row_weights = ops.dispatch(x, weights, plan)
+    local = case.num_experts // dist.get_world_size()
+    lengths = plan.expert_offsets.diff()
+    factors = torch.arange(local, device="cuda").repeat_interleave(lengths) + rank * local + 1
+    is_padding = torch.ones(rows.size(0), dtype=torch.bool, device="cuda")
+    is_padding[plan.slot_of_received] = False
+    y = ops.combine(rows * factors[:, None].float(), plan)
+    torch.autograd.backward([y, row_weights], [torch.ones_like(y), factors.float()])
+    assert x.grad is not None and weights.grad is not None
+    factor_of_copy = (ids + 1).float()
+    sums = factor_of_copy.sum(dim=1, keepdim=True)
+    return [
+        rows.size(0) == int(plan.expert_offsets[-1]),
+        not rows[is_padding].any() and not row_weights[is_padding].any(),
+        torch.equal(y, x * sums),
+        torch.equal(x.grad, sums.expand_as(x)),
+        torch.equal(weights.grad, factor_of_copy),
+    ]
+
+
+def mlp_errors(dtype: torch.dtype) -> list[float]:
+    """Errors of y and of the gradients against the same operators with P = 1 on each rank."""
+    rank = enter_rank()
+    world_size = dist.get_world_size()
+    case = case_of_rank(rank, 2)
+    ids = expert_ids_of(case, seed=rank).cuda()
+    gate_up = normal(8, 2 * 96, case.hidden, dtype=dtype, seed=1, scale=0.1).cuda()
+    down = normal(8, case.hidden, 96, dtype=dtype, seed=2, scale=0.1).cuda()
+    x_values = normal(case.num_tokens, case.hidden, dtype=dtype, seed=rank).cuda()
+    weights_values = normal(case.num_tokens, 2, seed=rank + 9).cuda()
+
+    def run(group_name: str, experts: slice, scale: float) -> list[torch.Tensor]:
+        leaves = [
+            value.clone().requires_grad_()
+            for value in (x_values, weights_values, gate_up[experts], down[experts])
+        ]
+        plan = ops.plan(ids, 8, group_name=group_name)
+        rows, row_weights = ops.dispatch(*leaves[:2], plan)
+        y = ops.combine(
+            ops.expert_mlp(rows, row_weights, plan, *leaves[2:], weight_grad_scale=scale), plan
+        )
+        return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    local = 8 // world_size
+    mine = slice(rank * local, (rank + 1) * local)
+    ours = run(dist.group.WORLD.group_name, mine, 1 / world_size)
+    expected = run("", slice(0, 8), 1.0)
+    for index in (3, 4):
+        total = expected[index].float()
+        dist.all_reduce(total)
+        expected[index] = total[mine] / world_size
+    return [relative_error(a.float(), b.float()) for a, b in zip(ours, expected, strict=True)]
+
+
+def refused_rows(max_rows: int) -> str:
+    """The message of a plan whose rows do not fit on one of the ranks."""
+    rank = enter_rank()
+    ids = torch.zeros(200, 1, dtype=torch.long, device="cuda") + (rank == 0)
+    try:
+        ops.plan(ids, 8, group_name=dist.group.WORLD.group_name, max_rows=max_rows)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def train(expert_parallel_degree: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of three SGD steps under FSDP2 and the full gradients of the first."""
+    rank = enter_rank()
+    mesh = init_device_mesh("cuda", expert_parallel_degree)
+    model = apply_expert_parallel(tiny_mixtral(router_scale=20.0).cuda(), mesh)
+    model = wrap(model, "fsdp2", mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    losses: list[float] = []
+    gradients: dict[str, torch.Tensor] = {}
+    for step in range(NUM_STEPS):
+        batch = {key: value.cuda() for key, value in batch_of(rank, step=step).items()}
+        loss = model(**batch).loss
+        loss.backward()
+        if step == 0:
+            gradients = from_rank0(full_gradients(model))
+        optimizer.step()
+        optimizer.zero_grad()
+        mean_loss = loss.detach().clone()
+        dist.all_reduce(mean_loss, op=dist.ReduceOp.AVG)
+        losses.append(mean_loss.item())
+    return losses, {name: value.cpu() for name, value in gradients.items()}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_ranks_copies_reach_their_experts_and_return(
+    gpu_ranks: Callable[[int], RankPool], world_size: int, top_k: int
+) -> None:
+    """Trap 16."""
+    for checks in gpu_ranks(world_size).run(move_with_constant_experts, top_k, timeout_s=TIMEOUT_S):
+        assert all(checks), checks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_expert_mlp_equals_one_rank(
+    gpu_ranks: Callable[[int], RankPool], world_size: int, dtype: torch.dtype
+) -> None:
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for errors in gpu_ranks(world_size).run(mlp_errors, dtype, timeout_s=TIMEOUT_S):
+        assert max(errors) <= tolerance, errors
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_too_many_rows_are_refused_on_every_rank(
+    gpu_ranks: Callable[[int], RankPool], world_size: int
+) -> None:
+    """Trap 19."""
+    for message in gpu_ranks(world_size).run(refused_rows, 128, timeout_s=TIMEOUT_S):
+        assert "max_rows" in message or "max_received_rows" in message
+
+
+@pytest.mark.parametrize(("world_size", "expert_parallel_degree"), [(2, 2), (4, 2), (4, 4)])
+def test_ranks_training_under_fsdp2_equals_one_process(
+    gpu_ranks: Callable[[int], RankPool], world_size: int, expert_parallel_degree: int
+) -> None:
+    """Traps 1 and 18: FSDP's and EP's communicators together; gradients of one process."""
+    results = gpu_ranks(world_size).run(train, expert_parallel_degree, timeout_s=TIMEOUT_S)
+
+    def make_model() -> torch.nn.Module:
+        return tiny_mixtral(router_scale=20.0)
+
+    steps = [[batch_of(rank, step=step) for rank in range(world_size)] for step in range(NUM_STEPS)]
+    _, gradients = reference_gradients(make_model, steps[0])
+    assert_close(results[0][1], gradients, 1e-5, "gradients")
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    losses, _ = reference_steps(model, optimizer, steps)
+    for ours, _ in results:
+        assert ours == pytest.approx(losses, rel=1e-4)
