@@ -1,0 +1,58 @@
+"""One line makes a stock Mixtral expert-parallel; the code around it stays as it was.
+
+    torchrun --nproc-per-node 4 examples/patch_your_model.py --fsdp 2     # or 1, or none
+"""
+
+import argparse
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import torch_moe_ep
+
+
+def wrap(model: torch.nn.Module, fsdp: str) -> torch.nn.Module:
+    """Shard as any script does that has never heard of experts."""
+    if fsdp == "2":
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    elif fsdp == "1":
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    return model
+
+
+def main() -> None:
+    """Train three steps; rank 0 prints its loss."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fsdp", choices=("2", "1", "none"), default="2")
+    fsdp = parser.parse_args().fsdp
+
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)  # the same weights on every rank
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=128))
+
+    mesh = torch_moe_ep.init_device_mesh("cpu", expert_parallel_degree=2)
+    torch_moe_ep.apply_expert_parallel(model, mesh)
+
+    wrapped = wrap(model, fsdp)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    tokens = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
+    for step in range(3):
+        loss = wrapped(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        if fsdp == "none":  # expert gradients are final; the dense ones are the script's affair
+            torch_moe_ep.average_gradients(model)
+        norm = torch_moe_ep.clip_grad_norm_(wrapped, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if dist.get_rank() == 0:
+            print(f"fsdp {fsdp}, step {step}: loss {loss.item():.4f}, norm {norm.item():.4f}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Train a small Mixtral with expert parallelism inside FSDP2, from text to generated sample.
+
+    python -m examples.pretrain            # launches its own ranks with torchrun
+    python -m examples.pretrain --quick    # the same steps, few updates
+    torchrun --nproc-per-node 4 -m examples.pretrain --expert_parallel_degree 4
+
+Everything but three lines is what a training script without expert parallelism has; those three
+name `torch_moe_ep`. Results: runs/<name>/ with loss.png, expert_load.png, history.jsonl,
+tensorboard/, checkpoint/, hf/ (Hugging Face's layout) and sample.txt (text from that export).
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import torch_moe_ep
+from examples import corpus, plots
+from examples.arguments import parse_arguments
+from examples.generate import write_sample
+from examples.run_log import RunLog, StepReport
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others. Every rank sees data of its own."""
+
+    rank: int
+    num_ranks: int
+    device: torch.device
+
+
+def launch(arguments: argparse.Namespace, argv: list[str]) -> int:
+    """Start the ranks with torchrun on this machine and return its exit status."""
+    on_gpu = _use_gpu(arguments)
+    num_ranks = arguments.ranks or (torch.cuda.device_count() if on_gpu else 4)
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    where = "GPU (NCCL)" if on_gpu else f"CPU (gloo), {threads} thread(s) each"
+    print(f"launching {num_ranks} rank(s) on {where}", flush=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={num_ranks}", "-m", "examples.pretrain", *argv]
+    results = arguments.runs_dir / arguments.name / "results.json"
+    results.unlink(missing_ok=True)
+    status = subprocess.run(command, env=environment, check=False).returncode
+    if status != 0:
+        return status
+    return 0 if json.loads(results.read_text())["gain"] >= arguments.min_gain else 1
+
+
+def _use_gpu(arguments: argparse.Namespace) -> bool:
+    if arguments.device == "auto":
+        return torch.cuda.is_available()
+    return bool(arguments.device == "cuda")
+
+
+def start_ranks(arguments: argparse.Namespace) -> Ranks:
+    """Join the process group. Collective."""
+    if _use_gpu(arguments):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def build_model(arguments: argparse.Namespace, vocab_size: int) -> MixtralForCausalLM:
+    """Make the stock model; the same weights on every rank, from the seed."""
+    torch.manual_seed(arguments.seed)
+    config = MixtralConfig(
+        vocab_size=vocab_size,
+        hidden_size=arguments.hidden_width,
+        intermediate_size=arguments.intermediate_size,
+        num_hidden_layers=arguments.num_layers,
+        num_attention_heads=arguments.num_heads,
+        num_key_value_heads=arguments.num_key_value_heads,
+        num_local_experts=arguments.num_experts,
+        num_experts_per_tok=arguments.num_experts_per_tok,
+        max_position_embeddings=arguments.max_context_width,
+        initializer_range=arguments.initializer_range,
+        router_aux_loss_coef=arguments.router_aux_loss_coef,
+        output_router_logits=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return MixtralForCausalLM(config)
+
+
+def shard_model(arguments: argparse.Namespace, model: MixtralForCausalLM, ranks: Ranks) -> None:
+    """Patch the experts, then shard as one would without expert parallelism. Collective."""
+    model.to(ranks.device)
+    degree = expert_parallel_degree(arguments, ranks.num_ranks)
+    if degree > 0:
+        mesh = torch_moe_ep.init_device_mesh(
+            ranks.device.type, degree, arguments.hybrid_shard_degree
+        )
+        torch_moe_ep.apply_expert_parallel(model, mesh)
+    if arguments.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    use_bf16 = ranks.device.type == "cuda" if arguments.bf16 is None else bool(arguments.bf16)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if use_bf16 else None, reduce_dtype=torch.float32
+    )
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def expert_parallel_degree(arguments: argparse.Namespace, num_ranks: int) -> int:
+    """Return P as asked for, or 2 where it divides the ranks; 0 means an unpatched model."""
+    if arguments.expert_parallel_degree is not None:
+        return int(arguments.expert_parallel_degree)
+    return 2 if num_ranks % 2 == 0 else 1
+
+
+def make_optimizer(
+    arguments: argparse.Namespace, model: torch.nn.Module
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW without decay on norms and biases; warm-up, then cosine down to min_lr."""
+    groups = [
+        {
+            "params": [p for p in model.parameters() if p.ndim >= 2],
+            "weight_decay": arguments.weight_decay,
+        },
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(arguments.beta1, arguments.beta2))
+    decay_steps = arguments.lr_decay_iters or arguments.max_steps
+    warmup_steps = max(1, round(arguments.warmup * decay_steps))
+    floor = arguments.min_lr / arguments.lr
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def mean_over_ranks(value: torch.Tensor) -> float:
+    """Average a scalar over all ranks. Collective; waits for the device."""
+    value = value.detach().float()
+    dist.all_reduce(value)
+    return float(value) / dist.get_world_size()
+
+
+@torch.no_grad()
+def validate(
+    arguments: argparse.Namespace, model: torch.nn.Module, blocks: torch.Tensor, ranks: Ranks
+) -> float:
+    """Return the loss on held-out text: nats a predicted token over all ranks. Collective.
+
+    All ranks run the same number of batches; where blocks run out, rows of block 0 fill the batch
+    and do not count.
+    """
+    model.eval()
+    per_batch = arguments.val_batch_size * ranks.num_ranks
+    num_batches = math.ceil(len(blocks) / per_batch)
+    if arguments.validation_batches:
+        num_batches = min(num_batches, arguments.validation_batches)
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for batch_idx in range(num_batches):
+        first = batch_idx * per_batch + ranks.rank * arguments.val_batch_size
+        ids = torch.arange(first, first + arguments.val_batch_size)
+        counts = (ids < len(blocks)).to(ranks.device)
+        tokens = blocks[torch.where(ids < len(blocks), ids, 0)].to(ranks.device)
+        logits = model(input_ids=tokens, output_router_logits=False).logits[:, :-1].float()
+        nats = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        total += torch.stack([nats[counts].sum(), counts.sum() * nats.shape[1]]).double()
+    dist.all_reduce(total)
+    model.train()
+    return float(total[0] / total[1])
+
+
+def train_step(
+    arguments: argparse.Namespace,
+    model: MixtralForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    tokens: torch.Tensor,
+) -> tuple[float, float]:
+    """One update; return (language-model loss averaged over ranks, gradient norm). Collective."""
+    output = model(input_ids=tokens, labels=tokens)
+    output.loss.backward()
+    grad_norm = torch_moe_ep.clip_grad_norm_(model, arguments.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    balancing = model.config.router_aux_loss_coef * output.aux_loss
+    return mean_over_ranks(output.loss - balancing), float(grad_norm)
+
+
+def train(
+    arguments: argparse.Namespace,
+    model: MixtralForCausalLM,
+    data: corpus.Corpus,
+    ranks: Ranks,
+    folder: Path,
+) -> tuple[RunLog, float]:
+    """Run the loop; return the log and the last validation loss. Collective."""
+    optimizer, scheduler = make_optimizer(arguments, model)
+    first_step = 0
+    if arguments.resume_from_checkpoint:
+        first_step = torch_moe_ep.load_checkpoint(
+            arguments.resume_from_checkpoint, model, optimizer, scheduler=scheduler
+        )
+    log = RunLog(
+        folder,
+        arguments.tensorboard_dir or folder / "tensorboard",
+        config=model.config,
+        batch_size=arguments.train_batch_size,
+        num_ranks=ranks.num_ranks,
+        block_size=arguments.max_context_width,
+        first_step=first_step,
+        max_steps=arguments.max_steps,
+        is_writer=ranks.rank == 0,
+    )
+    is_patched = expert_parallel_degree(arguments, ranks.num_ranks) > 0
+    validation_loss = math.nan
+    model.train()
+    for step in range(first_step, arguments.max_steps):
+        started = time.perf_counter()
+        lr = scheduler.get_last_lr()[0]
+        tokens = corpus.batch_of_step(
+            data.train,
+            step,
+            arguments.train_batch_size,
+            ranks.rank,
+            ranks.num_ranks,
+            arguments.seed,
+        ).to(ranks.device)
+        loss, grad_norm = train_step(arguments, model, optimizer, tokens)
+        scheduler.step()
+        if is_patched:
+            log.expert_load(step, torch_moe_ep.metrics.expert_load(model, reset=True))
+        report = StepReport(step, loss, time.perf_counter() - started, lr, grad_norm)
+        log.step(report, print_line=step % arguments.logging_freq == 0)
+        num_done = step + 1
+        is_last = num_done == arguments.max_steps
+        if is_last or (arguments.validation_freq and num_done % arguments.validation_freq == 0):
+            validation_loss = validate(arguments, model, data.validation, ranks)
+            log.validation(num_done, validation_loss)
+        if is_last or (arguments.checkpoint_freq and num_done % arguments.checkpoint_freq == 0):
+            torch_moe_ep.save_checkpoint(
+                folder / "checkpoint" / f"step-{num_done}",
+                model,
+                optimizer,
+                step=num_done,
+                scheduler=scheduler,
+            )
+    log.close()
+    return log, validation_loss
+
+
+def finish(
+    arguments: argparse.Namespace,
+    log: RunLog,
+    data: corpus.Corpus,
+    validation_loss: float,
+    seconds: float,
+) -> None:
+    """Draw, generate, print, write results.json. On rank 0 alone, no collective."""
+    folder = arguments.runs_dir / arguments.name
+    unigram = data.unigram_cross_entropy()
+    plots.plot_loss(log.history, unigram, folder / "loss.png")
+    if log.history.expert_load:
+        plots.plot_expert_load(log.history, folder / "expert_load.png")
+    print(write_sample(folder / "hf", folder / "data", folder / "sample.txt"))
+    gain = unigram - validation_loss
+    results = {
+        "steps": arguments.max_steps,
+        "training_seconds": round(seconds, 1),
+        "validation_loss": validation_loss,
+        "unigram_cross_entropy": unigram,
+        "gain": gain,
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    verdict = "as wanted" if gain >= arguments.min_gain else "TOO LITTLE"
+    print(
+        f"training took {seconds:.0f} s for {arguments.max_steps} steps\n"
+        f"validation loss {validation_loss:.3f} nats, unigram of the training text "
+        f"{unigram:.3f} nats: {gain:.3f} better, "
+        f"{verdict} (at least {arguments.min_gain})\n"
+        f"results in {folder}/: " + ", ".join(sorted(entry.name for entry in folder.iterdir())),
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Launch the ranks, or be one of them."""
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse_arguments(argv)
+    if "RANK" not in os.environ:
+        return launch(arguments, argv)
+    ranks = start_ranks(arguments)
+    folder = arguments.runs_dir / arguments.name
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        print(corpus.prepare(folder / "data", arguments.vocab_size, arguments.max_context_width))
+    dist.barrier()
+    data = corpus.load(folder / "data")
+    model = build_model(arguments, data.vocab_size)
+    if ranks.rank == 0:
+        num_parameters = sum(p.numel() for p in model.parameters())
+        degree = expert_parallel_degree(arguments, ranks.num_ranks)
+        print(f"model: Mixtral, {num_parameters / 1e6:.1f} M parameters, P = {degree}", flush=True)
+    shard_model(arguments, model, ranks)
+    started = time.perf_counter()
+    log, validation_loss = train(arguments, model, data, ranks, folder)
+    seconds = time.perf_counter() - started
+    torch_moe_ep.export_hf(model, folder / "hf")
+    if ranks.rank == 0:
+        finish(arguments, log, data, validation_loss, seconds)
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

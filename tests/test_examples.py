@@ -1,0 +1,113 @@
+"""The examples do what README says of them."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MixtralConfig
+
+from examples import corpus
+from examples.arguments import parse_arguments
+from examples.run_log import model_flops_per_step
+
+ROOT = Path(__file__).parent.parent
+
+
+def _torchrun(num_ranks: int, *command: str, cwd: Path = ROOT) -> str:
+    """Run a program under torchrun and return what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, f"--nproc-per-node={num_ranks}", *command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("fsdp", ["2", "1", "none"])
+def test_patch_your_model_each_kind_of_fsdp_trains_alike(fsdp: str) -> None:
+    """Losses fall, whatever shards the dense parameters."""
+    printed = _torchrun(2, "examples/patch_your_model.py", "--fsdp", fsdp)
+    losses = [
+        float(line.split("loss ")[1].split(",")[0])
+        for line in printed.splitlines()
+        if line.startswith(f"fsdp {fsdp}, step")
+    ]
+    assert len(losses) == 3
+    assert losses[2] < losses[0]
+
+
+def test_patch_your_model_is_short() -> None:
+    """The file stays small enough to read in one go."""
+    assert len((ROOT / "examples/patch_your_model.py").read_text().splitlines()) < 60
+
+
+def test_pretrain_few_steps_writes_every_result(tmp_path: Path) -> None:
+    """Two updates of a tiny model end with every file that README names."""
+    _torchrun(
+        2,
+        "-m",
+        "examples.pretrain",
+        "--name=tiny",
+        "--max_steps=2",
+        "--hidden_width=32",
+        "--intermediate_size=32",
+        "--num_layers=2",
+        "--vocab_size=384",
+        "--max_context_width=32",
+        "--validation_batches=1",
+        "--min_gain=-10",
+        "--device=cpu",
+        cwd=tmp_path,
+    )
+    results = {path.name for path in (tmp_path / "runs" / "tiny").iterdir()}
+    wanted = {"loss.png", "expert_load.png", "checkpoint", "hf", "sample.txt", "tensorboard"}
+    assert wanted <= results
+
+
+def test_corpus_packing_cuts_blocks_and_holds_out_text(tmp_path: Path) -> None:
+    """Blocks have one length; held-out paragraphs do not occur in the training text."""
+    corpus.prepare(tmp_path, vocab_size=512, block_size=64)
+    data = corpus.load(tmp_path)
+    assert data.vocab_size == 512
+    assert data.train.shape[1] == data.validation.shape[1] == 64
+    share = len(data.validation) / (len(data.train) + len(data.validation))
+    assert 0.08 < share < 0.16
+    assert 4.0 < data.unigram_cross_entropy() < math.log(512)
+    training, validation = corpus.split(corpus.documents(), 0.1)
+    paragraphs = {p for text in training for p in text.split("\n\n")}
+    assert not paragraphs & {p for text in validation for p in text.split("\n\n")}
+
+
+def test_batch_of_step_two_ranks_see_every_block_once_an_epoch() -> None:
+    """EP ranks are data-parallel ranks: no block twice in an epoch, none left out."""
+    blocks = torch.arange(12).unsqueeze(1)
+    seen = [
+        corpus.batch_of_step(blocks, step, 3, rank, 2, seed=0) for step in (0, 1) for rank in (0, 1)
+    ]
+    assert sorted(torch.cat(seen).flatten().tolist()) == list(range(12))
+    again = corpus.batch_of_step(blocks, 1, 3, 1, 2, seed=0)
+    assert torch.equal(again, seen[3])
+
+
+def test_model_flops_mixtral_8x7b_is_the_published_figure() -> None:
+    """79.7 GFLOP a token at sequence 2048."""
+    flops = model_flops_per_step(MixtralConfig(), batch_size=1, block_size=2048)
+    assert flops / 2048 == pytest.approx(79.7e9, rel=2e-3)
+
+
+def test_quick_only_changes_defaults() -> None:
+    """`--quick` is overruled by what is asked for explicitly."""
+    assert parse_arguments(["--quick"]).max_steps < parse_arguments([]).max_steps
+    assert parse_arguments(["--quick", "--max_steps", "7"]).max_steps == 7
