@@ -51,3 +51,61 @@ def batch_of(
     generator = torch.Generator().manual_seed(1000 * (step + 1) + rank)
     ids = torch.randint(0, vocab, (rows, tokens // rows), generator=generator)
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+class LoneExperts(nn.Module):
+    """A model that is one experts module of Mixtral's; routing is given by the caller."""
+
+    def __init__(
+        self, num_experts: int = 8, hidden: int = 16, width: int = 32, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+        config = MixtralConfig(
+            hidden_size=hidden, intermediate_size=width, num_local_experts=num_experts
+        )
+        config._experts_implementation = "eager"
+        self.experts = MixtralExperts(config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for param in self.experts.parameters():
+                param.normal_(0.0, param.shape[-1] ** -0.5, generator=generator)
+
+    def forward(
+        self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Tokens [T, H] with expert ids and weights [T, K] to [T, H]."""
+        result: torch.Tensor = self.experts(hidden_states, expert_ids, weights)
+        return result
+
+
+def make_local_expert_parallel(experts: nn.Module, config: Any = None) -> nn.Module:
+    """Swap one experts module in place for P = 1, with neither process group nor FSDP."""
+    from torch_moe_ep.config import MoEConfig
+    from torch_moe_ep.layer import ExpertParallelExperts
+    from torch_moe_ep.parallel.swap import expert_parallel_class
+
+    num_experts = experts.get_parameter("gate_up_proj").shape[0]
+    experts.__class__ = expert_parallel_class(type(experts))
+    assert isinstance(experts, ExpertParallelExperts)
+    experts.setup_expert_parallel(
+        ep_group_name="",
+        ep_size=1,
+        ep_rank=0,
+        num_experts=num_experts,
+        weight_grad_scale=1.0,
+        config=MoEConfig() if config is None else config,
+    )
+    return experts
+
+
+def random_routing(
+    tokens: int, top_k: int, num_experts: int, *, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expert ids int64 [T, K], distinct within a token, and fp32 weights that sum to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, num_experts, generator=generator)
+    weights, expert_ids = scores.topk(top_k, dim=-1)
+    return expert_ids, weights / weights.sum(dim=-1, keepdim=True)

@@ -1,0 +1,91 @@
+"""One table of parallel runs, and the rank function that runs one of them.
+
+Letters: W ranks, P expert-parallel degree, S shard degree of the experts, K experts per token.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import torch_moe_ep
+from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
+from torch_moe_ep.testing import batch_of, tiny_mixtral
+from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
+from torch_moe_ep.testing.reference import reference_gradients
+
+UNEVEN = {"router_scale": 40.0}
+AUX = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+TIED = {"tie_word_embeddings": True}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One parallel run; `shard` 0 means W / P, `model` are overrides of the tiny Mixtral."""
+
+    wrap: str
+    world: int
+    ep: int
+    shard: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    def __str__(self) -> str:
+        """A pytest id."""
+        shard = f"_s{self.shard}" if self.shard else ""
+        return f"{self.wrap}_w{self.world}_p{self.ep}{shard}" + (f"_{self.label}" * bool(self.label))
+
+    @property
+    def scale(self) -> float:
+        """Factor of expert gradients over the reference's."""
+        return float(self.world) if self.config.get("gradient") == "sum" else 1.0
+
+
+def build(run: Run, **apply_options: Any) -> nn.Module:
+    """The patched and wrapped model of a run. Collective."""
+    mesh = init_device_mesh("cpu", run.ep, run.shard)
+    model = tiny_mixtral(**run.model)
+    apply_expert_parallel(model, mesh, MoEConfig(**run.config), **apply_options)
+    return wrap(model, run.wrap, mesh, **run.options)
+
+
+def backward(run: Run, model: nn.Module, step: int = 0) -> float:
+    """Forward and backward of this rank's batch, dense gradients averaged; returns its loss."""
+    loss = model(**batch_of(dist.get_rank(), step=step)).loss
+    loss.backward()
+    if run.wrap == "none":
+        torch_moe_ep.average_gradients(model)
+    return loss.item()
+
+
+def gradients_on_rank(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss of this rank, and (rank 0) every parameter's full gradient."""
+    model = build(run)
+    loss = backward(run, model)
+    return loss, from_rank0(full_gradients(model))
+
+
+def freeze(overrides: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """A hashable form of model overrides."""
+    return tuple(sorted(overrides.items()))
+
+
+def reference_of(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss and gradients of the reference run; computed once per model and W."""
+    loss, grads = _reference(freeze(run.model), run.world)
+    return loss, {
+        name: grad * run.scale if ".experts." in name else grad for name, grad in grads.items()
+    }
+
+
+@functools.cache
+def _reference(
+    overrides: tuple[tuple[str, Any], ...], world: int
+) -> tuple[float, dict[str, torch.Tensor]]:
+    batches = [batch_of(rank) for rank in range(world)]
+    return reference_gradients(lambda: tiny_mixtral(**dict(overrides)), batches)

@@ -1,0 +1,140 @@
+"""Optimizer steps over experts and dense parameters together.
+
+Traps 2 (Adam hides a wrong scale: the SGD step is compared) and 20 (mixed meshes break foreach and
+fused optimizers).
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_cases import Run, backward, build
+
+import torch_moe_ep
+from torch_moe_ep.testing import assert_close, batch_of, tiny_mixtral
+from torch_moe_ep.testing.parallel import from_rank0, full_parameters
+from torch_moe_ep.testing.reference import reference_steps
+
+STEPS = 3
+ADAMW = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1}
+SGD = {"lr": 0.5, "momentum": 0.9}
+
+
+def make_optimizer(params: Any, kind: str, options: dict[str, Any]) -> torch.optim.Optimizer:
+    return {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind](params, **options)
+
+
+def parameters_after_steps(run: Run, kind: str, options: dict[str, Any], decay: float | None):
+    """Parameters after three steps; `decay` asks for our parameter groups."""
+    model = build(run)
+    groups = (
+        model.parameters()
+        if decay is None
+        else torch_moe_ep.param_groups(model, weight_decay=decay)
+    )
+    optimizer = make_optimizer(groups, kind, options)
+    num_groups = len(optimizer.param_groups)
+    for step in range(STEPS):
+        backward(run, model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(optimizer.param_groups) == num_groups
+    return from_rank0(full_parameters(model))
+
+
+def reference_parameters(run: Run, kind: str, options: dict[str, Any], decay: float | None):
+    model = tiny_mixtral(**run.model)
+    groups = (
+        model.parameters()
+        if decay is None
+        else torch_moe_ep.param_groups(model, weight_decay=decay)
+    )
+    optimizer = make_optimizer(groups, kind, options)
+    steps = [[batch_of(rank, step=s) for rank in range(run.world)] for s in range(STEPS)]
+    reference_steps(model, optimizer, steps)
+    return {name: param.detach() for name, param in model.named_parameters()}
+
+
+CASES = [
+    (Run("fsdp2", 4, 2), "sgd", SGD),
+    (Run("fsdp1", 4, 2), "sgd", SGD),
+    (Run("fsdp1", 4, 2, options={"use_orig_params": False}, label="flat"), "sgd", SGD),
+    (Run("fsdp1_hybrid", 4, 2, options={"use_orig_params": False}, label="flat"), "sgd", SGD),
+    (Run("none", 2, 2), "sgd", SGD),
+    *[
+        (Run(wrap, 2, ep), "adamw", {**ADAMW, **way})
+        for wrap, ep in (("fsdp2", 2), ("fsdp2", 1), ("fsdp1", 2), ("fsdp1", 1), ("ddp", 2))
+        for way in ({"foreach": True}, {"foreach": False}, {"fused": True})
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("run", "kind", "options"),
+    CASES,
+    ids=[f"{run}-{kind}-{'-'.join(k for k in o if k in ('foreach', 'fused'))}{o.get('foreach', '')}"
+         for run, kind, o in CASES],
+)  # fmt: skip
+def test_trap_02_20_steps_equal_one_process(ranks, run, kind, options):
+    actual = ranks(run.world).run(parameters_after_steps, run, kind, options, None)[0]
+    if run.label == "flat":
+        actual = {name: value for name, value in actual.items() if ".experts." in name}
+    expected = reference_parameters(run, kind, options, None)
+    assert_close(actual, {name: expected[name] for name in actual}, 2e-5, f"parameters of {run}")
+    assert any(".experts." in name for name in actual)
+
+
+@pytest.mark.parametrize("wrap", ["fsdp2", "fsdp1", "none"])
+def test_param_groups_decay_all_but_norms(ranks, wrap):
+    run, options = Run(wrap, 2, 2), {"lr": 1e-2, "eps": 1e-4, "foreach": True}
+    actual = ranks(2).run(parameters_after_steps, run, "adamw", options, 0.2)[0]
+    assert_close(actual, reference_parameters(run, "adamw", options, 0.2), 2e-5)
+
+
+def schedule_on_rank(run: Run):
+    """Learning rates and state keys seen by a user whose optimizer has one mixed group."""
+    model = build(run)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, eps=1e-4, foreach=True)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    rates = []
+    for step in range(2):
+        backward(run, model, step)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    states = len(optimizer.state_dict()["state"])
+    return rates, states, sum(1 for _ in model.parameters())
+
+
+def test_trap_20_schedulers_and_state_see_one_group(ranks):
+    rates, states, num_parameters = ranks(2).run(schedule_on_rank, Run("fsdp1", 2, 2))[0]
+    assert rates == [[0.5], [0.25]]
+    assert 0 < states <= num_parameters
+
+
+def invalid_id_on_rank(run: Run):
+    """An expert id out of range, raised on the device flag, stops the step on every rank."""
+    model = build(run)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    backward(run, model)
+    before = full_parameters(model)
+    if dist.get_rank() == 1:
+        experts = next(torch_moe_ep.parallel.state.iter_experts(model))
+        experts.invalid_flag.fill_(1)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        message = str(error)
+    else:
+        message = "no error"
+    after = full_parameters(model)
+    optimizer.step()
+    return message, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_invalid_expert_id_flag_stops_step_on_every_rank(ranks):
+    for message, is_unchanged in ranks(2).run(invalid_id_on_rank, Run("fsdp2", 2, 2)):
+        assert "expert ids outside of" in message and "ranks [1]" in message
+        assert is_unchanged
