@@ -41,7 +41,7 @@ TensorMapSpec interleaved_gate_up(const GroupedGemmParams& params, const TileCon
           5,
           {k, 8, 2, width / 8, experts},
           {k, width * k, 8 * k, 2 * width * k},
-          {kStepK, 8, 2, static_cast<uint32_t>(tile.block_n / 16), 1},
+          {kStepK, 8, 2, static_cast<uint32_t>(tile.block_n / tile.cluster_m / 16), 1},
           Swizzle::k128Bytes};
 }
 

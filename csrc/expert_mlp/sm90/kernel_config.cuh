@@ -59,7 +59,7 @@ struct KernelConfig {
   static_assert(kStages <= kMaxStages);
   static_assert(kClusterM == 1 || kClusterN == 1, "one operand is shared at most");
   static_assert(kClusterSize <= 2);
-  static_assert(!kHasSwiglu || (kLayout == GemmLayout::kNT && kClusterM == 1));
+  static_assert(!kHasSwiglu || kLayout == GemmLayout::kNT);
 };
 
 // Ring of stages: `phase` is the parity of the round.

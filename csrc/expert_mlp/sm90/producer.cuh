@@ -46,6 +46,19 @@ __device__ __forceinline__ void load_mn_major(uint32_t shared, const CUtensorMap
   }
 }
 
+// 16 rows (8 of gate, 8 of up) of each of kRows / 16 groups.
+template <int kRows, bool kIsShared>
+__device__ __forceinline__ void load_gate_up(uint32_t shared, const CUtensorMap& map,
+                                             uint32_t barrier, int k, const Tile& tile, int half) {
+  if constexpr (kIsShared) {
+    constexpr int kHalf = kRows / 2;
+    tma_load_5d_multicast(shared + half * kHalf * kStepRowBytes, map, barrier, k, 0, 0,
+                          (tile.n + half * kHalf) / 16, tile.expert, kBothCtas);
+  } else {
+    tma_load_5d(shared, map, barrier, k, 0, 0, tile.n / 16, tile.expert);
+  }
+}
+
 template <class Config>
 __device__ __forceinline__ void load_stage(const KernelArguments& args, uint32_t a, uint32_t b,
                                            uint32_t barrier, const Tile& tile, int k, int half) {
@@ -58,7 +71,7 @@ __device__ __forceinline__ void load_stage(const KernelArguments& args, uint32_t
     load_k_major<Config::kBlockM, kShareA>(a, args.a, barrier, k, tile.row_begin + tile.m, 0, half);
   }
   if constexpr (Config::kHasSwiglu) {
-    tma_load_5d(b, args.b, barrier, k, 0, 0, tile.n / 16, tile.expert);
+    load_gate_up<Config::kBlockN, kShareB>(b, args.b, barrier, k, tile, half);
   } else if constexpr (Config::kLayout == GemmLayout::kNT) {
     load_k_major<Config::kBlockN, kShareB>(b, args.b, barrier, k, tile.n, tile.expert, half);
   } else if constexpr (Config::kLayout == GemmLayout::kNN) {

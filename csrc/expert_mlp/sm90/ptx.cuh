@@ -92,6 +92,16 @@ __device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap& 
       : "memory");
 }
 
+__device__ __forceinline__ void tma_load_5d_multicast(uint32_t shared, const CUtensorMap& map,
+                                                      uint32_t barrier, int x0, int x1, int x2,
+                                                      int x3, int x4, uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
+      "l"(&map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "h"(cta_mask)
+      : "memory");
+}
+
 // ---- TMA: shared to global, in bulk groups of the issuing thread ----
 
 __device__ __forceinline__ void tma_store_3d(const CUtensorMap& map, uint32_t shared, int x0,
