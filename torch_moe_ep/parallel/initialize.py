@@ -42,9 +42,7 @@ def initialize_experts(model: nn.Module, *, seed: int = 0, std: float | None = N
             _draw(param, state, (seed, layer, name), scale)
 
 
-def _draw(
-    param: DTensor, state: ExpertParallelState, key: tuple[int, str, str], std: float
-) -> None:
+def _draw(param: DTensor, state: ExpertParallelState, key: tuple[int, str, str], std: float) -> None:
     """Fill this rank's part of one weight ``[E, a, b]``."""
     num_experts, *shape = param.shape
     num_local = num_experts // state.mesh["ep"].size()

@@ -24,9 +24,7 @@ def register_state_dict_hooks(experts: ExpertParallelExperts) -> None:
     experts.register_load_state_dict_pre_hook(_slice_plain)  # type: ignore[no-untyped-call]
 
 
-def _gather_for_fsdp1(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: object
-) -> None:
+def _gather_for_fsdp1(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: object) -> None:
     """Replace DTensor shards by full tensors under FSDP1's FULL_STATE_DICT; collective there."""
     wrapper = _full_state_wrapper(module)
     if wrapper is None:
@@ -59,9 +57,7 @@ def _full_state_wrapper(module: nn.Module) -> FullyShardedDataParallel | None:
     return None
 
 
-def _slice_plain(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_unused: object
-) -> None:
+def _slice_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_unused: object) -> None:
     """Replace full plain tensors by this rank's slice, as a DTensor like the parameter. Local."""
     if isinstance(module, FSDPModule):
         module.reshard()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from torch_moe_ep.parallel.state import has_sharded_fsdp1
 
@@ -45,9 +45,7 @@ class _MixedHandler:
 
     is_torch_moe_ep = True
 
-    def __init__(
-        self, table: dict[Any, Any], operator: Any, handler: Handler, previous: Any
-    ) -> None:
+    def __init__(self, table: dict[Any, Any], operator: Any, handler: Handler, previous: Any) -> None:
         self._table = table
         self._operator = operator
         self._handler = handler
@@ -83,9 +81,7 @@ def _stack_norms(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if any(tensor.dim() != 0 for tensor in tensors):
         return NotImplemented
     is_on_ep = any(
-        "ep" in (tensor.device_mesh.mesh_dim_names or ())
-        for tensor in tensors
-        if isinstance(tensor, DTensor)
+        "ep" in (tensor.device_mesh.mesh_dim_names or ()) for tensor in tensors if isinstance(tensor, DTensor)
     )
     if not is_on_ep:
         return NotImplemented
@@ -104,9 +100,18 @@ def _full_scalars(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     for (mesh, placements), places in groups.items():
         locals_ = [tensors[place].to_local() for place in places]  # type: ignore[attr-defined]
         joined = DTensor.from_local(torch.stack(locals_), mesh, placements, run_check=False)
-        for place, value in zip(places, joined.full_tensor().unbind(), strict=True):
+        for place, value in zip(places, _reduced(joined).unbind(), strict=True):
             full[place] = value
     return full
+
+
+def _reduced(joined: DTensor) -> torch.Tensor:
+    """The full value of partial norms, one mesh dimension after the other, innermost first."""
+    placements = list(joined.placements)
+    for dim in reversed(range(joined.device_mesh.ndim)):
+        placements[dim] = Replicate()
+        joined = joined.redistribute(placements=placements)
+    return joined.to_local()
 
 
 def _foreach_norm(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

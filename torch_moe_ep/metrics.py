@@ -1,0 +1,74 @@
+"""What the experts did: how many token copies each of them got.
+
+Every experts module counts its rank's copies per global expert once per backward (evaluation and
+recomputation by activation checkpointing leave the counters alone). Counting is on the device and
+costs no sync; reading is collective.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torch_moe_ep.parallel.state import states_of
+
+
+class ExpertLoad(NamedTuple):
+    """Copies per expert since the last reset, summed over all ranks.
+
+    Attributes:
+        tokens: layer name to copies per global expert, int64 ``[E]`` on the CPU, in layer order.
+        imbalance: layer name to max / mean of its copies; 1 is even, E is all to one expert, and
+            1 where nothing was counted.
+    """
+
+    tokens: dict[str, torch.Tensor]
+    imbalance: dict[str, float]
+
+    @property
+    def worst_imbalance(self) -> float:
+        """The largest imbalance of any layer."""
+        return max(self.imbalance.values(), default=1.0)
+
+
+def expert_load(model: nn.Module, *, reset: bool = False) -> ExpertLoad:
+    """Sum the experts' counters over all ranks.
+
+    Args:
+        model: a patched model, or its FSDP1 or DDP wrapper.
+        reset: start counting anew afterwards.
+
+    Raises:
+        ValueError: no expert-parallel experts in the model.
+
+    Collective over all ranks (one all-reduce of layers * E int64); syncs the host.
+    """
+    counters = _counters(model)
+    if not counters:
+        raise ValueError("the model has no expert-parallel experts; call torch_moe_ep.apply_expert_parallel.")
+    flat = torch.cat([counter.reshape(-1) for counter in counters.values()])
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+    parts = torch.split(flat.cpu(), [counter.numel() for counter in counters.values()])
+    tokens = dict(zip(counters, parts, strict=True))
+    if reset:
+        reset_expert_load(model)
+    return ExpertLoad(tokens, {name: _imbalance(counts) for name, counts in tokens.items()})
+
+
+def reset_expert_load(model: nn.Module) -> None:
+    """Set this rank's counters to zero. Local, no host sync."""
+    for counter in _counters(model).values():
+        counter.zero_()
+
+
+def _counters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: experts.tokens_per_expert for state in states_of(model) for name, experts in state.experts.items()
+    }
+
+
+def _imbalance(counts: torch.Tensor) -> float:
+    total = int(counts.sum())
+    return float(counts.max()) * counts.numel() / total if total > 0 else 1.0
