@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.batch_check import warn_of_equal_batches
 from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_state
 
 

@@ -35,6 +35,7 @@ class ExpertParallelState:
     root: nn.Module | None = None
     is_started: bool = False
     is_flag_checked: bool = False
+    is_batch_checked: bool = False
 
     @property
     def device(self) -> torch.device:
