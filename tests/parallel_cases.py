@@ -38,7 +38,8 @@ class Run:
     def __str__(self) -> str:
         """A pytest id."""
         shard = f"_s{self.shard}" if self.shard else ""
-        return f"{self.wrap}_w{self.world}_p{self.ep}{shard}" + (f"_{self.label}" * bool(self.label))
+        label = f"_{self.label}" if self.label else ""
+        return f"{self.wrap}_w{self.world}_p{self.ep}{shard}{label}"
 
     @property
     def scale(self) -> float:

@@ -1,7 +1,8 @@
 """Routing that goes wrong in expert-parallel projects, over several ranks.
 
 Traps 7 (auxiliary loss depends on P), 9 (an expert or a rank without tokens), 10 (ranks take
-different branches), 12 (counters), 16 (rank-major taken for expert-major), 24 (auxiliary loss lost).
+different branches), 12 (counters), 16 (rank-major taken for expert-major), 24 (auxiliary
+loss lost).
 """
 
 import pytest
@@ -20,7 +21,7 @@ from torch_moe_ep.testing import (
     relative_error,
     tiny_mixtral,
 )
-from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
+from torch_moe_ep.testing.parallel import from_rank0, full_gradients
 
 WATCHDOG_S = 60
 

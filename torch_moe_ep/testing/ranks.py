@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ class RankPool:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._case = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RankPool":
         """The pool itself; workers start at the first `run`."""
         return self
 

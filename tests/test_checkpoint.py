@@ -1,0 +1,153 @@
+"""Saving, loading and exporting.
+
+Trap 13 (a checkpoint loses, duplicates or reorders experts): every expert carries its id in its
+weights, 12 experts, so that "experts.10" sorts before "experts.2" if anybody sorts.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from parallel_cases import Run, backward, build
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullStateDictConfig, StateDictType
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from transformers import MixtralForCausalLM
+
+import torch_moe_ep
+from torch_moe_ep import apply_expert_parallel, init_device_mesh
+from torch_moe_ep.testing import tiny_mixtral
+from torch_moe_ep.testing.parallel import from_rank0, full_parameters, wrap
+
+TWELVE = {"num_local_experts": 12, "num_experts_per_tok": 3, "intermediate_size": 32}
+
+
+def tagged_mixtral(**overrides):
+    """Layer l, expert e: every element of its weights is 100 l + e, plus 0.5 in down_proj."""
+    model = tiny_mixtral(**overrides)
+    with torch.no_grad():
+        for place, layer in enumerate(model.model.layers):
+            tags = 100 * place + torch.arange(12.0).view(12, 1, 1)
+            layer.mlp.experts.gate_up_proj.copy_(tags.expand_as(layer.mlp.experts.gate_up_proj))
+            layer.mlp.experts.down_proj.copy_(tags.expand_as(layer.mlp.experts.down_proj) + 0.5)
+    return model
+
+
+def tagged_build(run: Run):
+    mesh = init_device_mesh("cpu", run.ep, run.shard)
+    return wrap(apply_expert_parallel(tagged_mixtral(**run.model), mesh), run.wrap, mesh)
+
+
+def save_tagged(run: Run, folder: str) -> None:
+    torch_moe_ep.save_checkpoint(f"{folder}/tagged", tagged_build(run), step=3)
+    torch_moe_ep.export_hf(tagged_build(run), f"{folder}/hf")
+
+
+def load_tagged(run: Run, folder: str):
+    model = build(run)
+    step = torch_moe_ep.load_checkpoint(f"{folder}/tagged", model)
+    return step, from_rank0(full_parameters(model))
+
+
+@pytest.mark.parametrize("save_wrap", ["fsdp2", "fsdp1"])
+@pytest.mark.parametrize("save_ep", [1, 2, 4])
+def test_trap_13_experts_are_saved_once_and_load_at_every_p(ranks, tmp_path, save_wrap, save_ep):
+    ranks(4).run(save_tagged, Run(save_wrap, 4, save_ep, model=TWELVE), str(tmp_path))
+    expected = dict(tagged_mixtral(**TWELVE).named_parameters())
+    exported = MixtralForCausalLM.from_pretrained(tmp_path / "hf")
+    for name, param in exported.named_parameters():
+        assert torch.equal(param, expected[name]), name
+    for load_ep in (1, 2, 4):
+        run = Run(save_wrap, 4, load_ep, model=TWELVE)
+        step, loaded = ranks(4).run(load_tagged, run, str(tmp_path))[0]
+        assert step == 3
+        for name, param in expected.items():
+            assert torch.equal(loaded[name], param), f"{name} at P = {load_ep}"
+
+
+def resumed_on_rank(run: Run, folder: str):
+    """Three steps; and one step, a save, a load into a fresh model, two steps."""
+    path = f"{folder}/{run}"
+
+    def make():
+        model = build(run)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            backward(run, model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = make()
+    train(model, optimizer, range(1))
+    torch_moe_ep.save_checkpoint(path, model, optimizer, step=1)
+    train(model, optimizer, range(1, 3))
+    straight = full_parameters(model)
+    model, optimizer = make()
+    assert torch_moe_ep.load_checkpoint(path, model, optimizer) == 1
+    train(model, optimizer, range(1, 3))
+    resumed = full_parameters(model)
+    return [name for name in straight if not torch.equal(straight[name], resumed[name])]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [Run("fsdp2", 4, 2), Run("fsdp2", 2, 2), Run("fsdp1", 2, 2), Run("none", 2, 2),
+     Run("ddp", 2, 2), Run("hsdp2", 4, 2, 1)],
+    ids=str,
+)  # fmt: skip
+def test_resumed_training_is_bit_equal(ranks, tmp_path, run):
+    assert ranks(run.world).run(resumed_on_rank, run, str(tmp_path))[0] == []
+
+
+def full_state_dicts(run: Run):
+    """FSDP1's own full state dict and torch's, compared with the model's weights; then loaded."""
+    model = build(run)
+    expected = dict(tiny_mixtral(**run.model).state_dict())
+    options = StateDictOptions(full_state_dict=True)
+    found = [get_model_state_dict(model, options=options)]
+    if isinstance(model, FSDP1):
+        with FSDP1.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
+            found.append(model.state_dict())
+    for state in found:
+        assert set(state) == set(expected)
+        for name, value in state.items():
+            assert type(value) is torch.Tensor, f"{name} is a {type(value).__name__}"
+            assert torch.equal(value, expected[name]), name
+    other = tiny_mixtral(seed=1, **run.model).state_dict()
+    if isinstance(model, FSDP1):
+        with FSDP1.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
+            model.load_state_dict(other)
+        loaded = full_parameters(model)
+        assert all(torch.equal(loaded[name], other[name]) for name in loaded)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        Run("fsdp2", 4, 2),
+        Run("fsdp1", 4, 2),
+        Run("fsdp1_no_shard", 2, 2),
+        Run("fsdp1", 2, 2, model={"tie_word_embeddings": True}, label="tied"),
+    ],
+    ids=str,
+)
+def test_full_state_dict_is_plain_and_complete(ranks, run):
+    ranks(run.world).run(full_state_dicts, run)
+
+
+def incomplete_on_rank(folder: str) -> None:
+    model = build(Run("fsdp2", 2, 2))
+    for step in (1, 2, 3):
+        torch_moe_ep.save_checkpoint(f"{folder}/step{step}", model, step=step, num_kept=2)
+    (Path(folder) / "step3" / "complete.json").unlink(missing_ok=True)
+    torch.distributed.barrier()
+    assert torch_moe_ep.latest_checkpoint(folder) == Path(folder) / "step2"
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        torch_moe_ep.load_checkpoint(f"{folder}/step3", model)
+
+
+def test_interrupted_checkpoint_is_passed_over(ranks, tmp_path):
+    ranks(2).run(incomplete_on_rank, str(tmp_path))
+    assert not (tmp_path / "step1").exists()

@@ -1,0 +1,105 @@
+"""Ways to start: meta device, weights from rank 0, frozen experts, every layer's class kept."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_cases import Run, reference_of
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from torch_moe_ep import apply_expert_parallel, init_device_mesh
+from torch_moe_ep.parallel import initialize_experts
+from torch_moe_ep.parallel.state import iter_experts
+from torch_moe_ep.testing import assert_close, batch_of, tiny_mixtral
+from torch_moe_ep.testing.parallel import from_rank0, full_gradients, full_parameters, wrap
+
+
+def synced_gradients(run: Run, others: str):
+    """Only rank 0 holds the right experts; the others random ones, or meta tensors."""
+    model = tiny_mixtral(**run.model)
+    if dist.get_rank() != 0:
+        for layer in model.model.layers:
+            if others == "meta":
+                layer.mlp.experts.to("meta")
+            else:
+                torch.nn.init.normal_(layer.mlp.experts.gate_up_proj)
+                torch.nn.init.normal_(layer.mlp.experts.down_proj)
+    mesh = init_device_mesh("cpu", run.ep)
+    model = apply_expert_parallel(model, mesh, sync_from_rank0=True)
+    model = wrap(model, run.wrap, mesh)
+    model(**batch_of(dist.get_rank())).loss.backward()
+    return from_rank0(full_gradients(model))
+
+
+@pytest.mark.parametrize("others", ["random", "meta"])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+def test_sync_from_rank0_gives_every_rank_its_slice(ranks, kind, others):
+    run = Run(kind, 4, 2)
+    grads = ranks(4).run(synced_gradients, run, others)[0]
+    assert_close(grads, reference_of(run)[1], 1e-5)
+
+
+def from_meta(run: Run):
+    """A model built on meta, materialised after fully_shard, loaded from a full state dict."""
+    full = tiny_mixtral(**run.model).state_dict()
+    with torch.device("meta"):
+        model = tiny_mixtral(**run.model)
+    mesh = init_device_mesh("cpu", run.ep)
+    model = wrap(apply_expert_parallel(model, mesh), "fsdp2", mesh)
+    with pytest.raises(ValueError, match="meta device"):
+        model(**batch_of(0))
+    model.to_empty(device="cpu")
+    initialize_experts(model)
+    options = torch.distributed.checkpoint.state_dict.StateDictOptions(full_state_dict=True)
+    torch.distributed.checkpoint.state_dict.set_model_state_dict(model, full, options=options)
+    loaded = full_parameters(model)
+    return [name for name in loaded if not torch.equal(loaded[name], full[name])]
+
+
+def test_meta_model_takes_a_full_state_dict(ranks):
+    assert ranks(4).run(from_meta, Run("fsdp2", 4, 2))[0] == []
+
+
+def frozen_gradients(run: Run):
+    model = tiny_mixtral(**run.model)
+    for layer in model.model.layers:
+        layer.mlp.experts.requires_grad_(False)
+    mesh = init_device_mesh("cpu", run.ep)
+    model = wrap(apply_expert_parallel(model, mesh), run.wrap, mesh)
+    model(**batch_of(dist.get_rank())).loss.backward()
+    assert all(p.grad is None for e in iter_experts(model) for p in e.parameters())
+    grads = {}
+    for name, param in model.named_parameters():
+        if ".experts." not in name:
+            grads[name] = param.grad.full_tensor()
+    return from_rank0(grads)
+
+
+def test_frozen_experts_pass_gradients_on(ranks):
+    run = Run("fsdp2", 2, 2)
+    grads = ranks(2).run(frozen_gradients, run)[0]
+    expected = {n: g for n, g in reference_of(run)[1].items() if ".experts." not in n}
+    assert_close(grads, expected, 1e-5)
+
+
+def identity_on_rank():
+    """What stays of the module: its class as a base, names, signature of forward."""
+    import inspect
+
+    model = tiny_mixtral()
+    names = list(model.state_dict())
+    signature = inspect.signature(model.forward)
+    experts = model.model.layers[0].mlp.experts
+    apply_expert_parallel(model, init_device_mesh("cpu", 2))
+    assert model.model.layers[0].mlp.experts is experts
+    assert isinstance(experts, MixtralExperts)
+    assert list(model.state_dict()) == names
+    assert inspect.signature(model.forward) == signature
+    assert experts.gate_up_proj.shape == (8, 256, 64)
+    with pytest.raises(AssertionError):
+        copy.deepcopy(model)
+
+
+def test_patched_module_keeps_class_names_and_signature(ranks):
+    ranks(2).run(identity_on_rank)
