@@ -6,7 +6,16 @@ never what Adam makes of them (trap 2).
 """
 
 import pytest
-from parallel_cases import AUX, TIED, UNEVEN, Run, gradients_on_rank, reference_of
+from parallel_cases import (
+    AUX,
+    TIED,
+    UNEVEN,
+    Run,
+    backward,
+    build,
+    gradients_on_rank,
+    reference_of,
+)
 
 from torch_moe_ep.testing import assert_close
 
@@ -49,7 +58,7 @@ def grid_runs():
         yield from (pytest.param(Run(wrap, *grid), marks=full) for grid in FULL_GRIDS)
 
 
-@pytest.mark.parametrize("run", grid_runs(), ids=str)
+@pytest.mark.parametrize("run", list(grid_runs()), ids=str)
 def test_trap_01_02_03_gradients_equal_one_process(ranks, run):
     assert_gradients_equal_reference(ranks(run.world), run)
 
@@ -82,11 +91,23 @@ def test_trap_04_gradients_equal_one_process_with_replicas(ranks, run):
 @pytest.mark.parametrize(
     "run",
     [Run("fsdp1", 1, 1), Run("fsdp1", 2, 2), Run("fsdp1", 4, 4), Run("fsdp1_grad_op", 4, 4),
-     Run("fsdp1_no_shard", 2, 2), Run("fsdp1_hybrid", 2, 2), Run("fsdp1_hybrid", 2, 1, 1)],
+     Run("fsdp1_no_shard", 2, 2), Run("fsdp1", 2, 1, 1)],
     ids=str,
 )  # fmt: skip
 def test_trap_27_fsdp1_gradients_with_groups_of_one_rank(ranks, run):
     assert_gradients_equal_reference(ranks(run.world), run)
+
+
+def hybrid_without_shards(run: Run) -> str:
+    with pytest.raises(ValueError) as caught:
+        backward(run, build(run))
+    return str(caught.value)
+
+
+def test_trap_27_fsdp1_hybrid_on_shard_groups_of_one_rank_is_refused(ranks):
+    """torch makes it NO_SHARD and then reduces over the one rank: no error, no average."""
+    for message in ranks(2).run(hybrid_without_shards, Run("fsdp1_hybrid", 2, 1)):
+        assert "over 1 ranks, but all 2 ranks" in message
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -130,6 +130,8 @@ def _check_dense_world(state: ExpertParallelState) -> None:
             sizes[group.mesh_info.mesh.size()] = "fully_shard"
     for fsdp1 in state.fsdp1_modules():
         replicas = getattr(fsdp1, "_inter_node_pg", None)
+        if fsdp1.sharding_strategy == ShardingStrategy.NO_SHARD:
+            replicas = None  # a hybrid strategy on shard groups of one rank reduces over none
         size = dist.get_world_size(fsdp1.process_group)
         sizes[size * (replicas.size() if replicas is not None else 1)] = "FullyShardedDataParallel"
     for wrapper in state.wrappers():
