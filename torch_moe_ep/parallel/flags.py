@@ -8,7 +8,7 @@ or by the optimizer's step hook, and every rank raises before any parameter chan
 import torch
 import torch.distributed as dist
 
-from torch_moe_ep.parallel.state import ExpertParallelState, iter_experts
+from torch_moe_ep.parallel.state import ExpertParallelState
 
 
 def local_flag(states: list[ExpertParallelState], device: torch.device) -> torch.Tensor:
@@ -29,7 +29,7 @@ def raise_if_invalid(states: list[ExpertParallelState], ranks: list[int]) -> Non
     if not ranks:
         return
     for state in states:
-        for experts in iter_experts(state.model):
+        for experts in state.experts.values():
             experts.invalid_flag.zero_()
     raise ValueError(
         f"expert ids outside of [0, num_experts) reached the experts on ranks {ranks} since the "

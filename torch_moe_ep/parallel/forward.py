@@ -18,7 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,12 +69,14 @@ def _synced_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
     in an exchange of tokens for ever. An explicit `synced_gpus` wins.
     """
     parameters = inspect.signature(generate).parameters
+    has_keywords = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "synced_gpus" not in parameters and not has_keywords:
+        return generate
 
     @functools.wraps(generate)
     def run(*args: Any, **kwargs: Any) -> Any:
-        names = list(parameters)[: len(args)]
-        if "synced_gpus" in parameters and "synced_gpus" not in (*names, *kwargs):
-            kwargs["synced_gpus"] = True
+        if "synced_gpus" not in list(parameters)[: len(args)]:
+            kwargs.setdefault("synced_gpus", True)
         return generate(*args, **kwargs)
 
     return run

@@ -4,11 +4,11 @@ import hashlib
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torch_moe_ep.integrations.transformers import initializer_range
-from torch_moe_ep.parallel.state import ExpertParallelState, iter_experts
+from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_state, iter_experts
 from torch_moe_ep.parallel.swap import WEIGHT_NAMES, shard_slice
 
 
@@ -31,7 +31,7 @@ def initialize_experts(model: nn.Module, *, seed: int = 0, std: float | None = N
     for experts in iter_experts(model):
         state: ExpertParallelState = experts.__dict__["expert_parallel_state"]
         if any(param.is_meta for param in experts.parameters(recurse=False)):
-            experts.to_empty(device=state.device, recurse=False)
+            experts.to_empty(device=_home(experts, state), recurse=False)
         if isinstance(experts, FSDPModule):
             experts.reshard()
         layer = next(name for name, module in state.experts.items() if module is experts)
@@ -40,6 +40,13 @@ def initialize_experts(model: nn.Module, *, seed: int = 0, std: float | None = N
             param = experts._parameters[name]
             assert isinstance(param, DTensor)
             _draw(param, state, (seed, layer, name), scale)
+
+
+def _home(experts: nn.Module, state: ExpertParallelState) -> torch.device:
+    """Where this rank's shards live: the CPU under FSDP2's CPU offload, else the mesh's device."""
+    group = fsdp_state(experts)._fsdp_param_group
+    is_offloaded = group is not None and isinstance(group.offload_policy, CPUOffloadPolicy)
+    return torch.device("cpu") if is_offloaded else state.device
 
 
 def _draw(param: DTensor, state: ExpertParallelState, key: tuple[int, str, str], std: float) -> None:

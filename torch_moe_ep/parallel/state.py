@@ -139,4 +139,10 @@ def _note_wrapper(module: nn.Module, _name: str, submodule: nn.Module | None) ->
     """
     if isinstance(module, _WRAPPERS) and isinstance(submodule, nn.Module):
         for state in states_of(submodule):
+            if state.is_started and isinstance(module, FullyShardedDataParallel):
+                raise ValueError(
+                    "a forward ran between apply_expert_parallel and FullyShardedDataParallel, so "
+                    "the experts settled without its mixed precision; wrap the model before its "
+                    "first forward."
+                )
             state.wrapper_refs.append(weakref.ref(module))

@@ -57,7 +57,7 @@ class _MixedHandler:
             return answer
         if self._previous is not None:
             return self._previous(operator, args, kwargs)
-        del self._table[self._operator]
+        self._table.pop(self._operator, None)
         try:
             return operator(*args, **kwargs)
         finally:
