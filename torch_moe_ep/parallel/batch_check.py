@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch_moe_ep.parallel.state import ExpertParallelState
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def warn_of_equal_batches(state: ExpertParallelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Compare the first tensor of each rank's forward arguments over the EP group; warn if equal.
 

@@ -52,6 +52,9 @@ def wrap_forward(state: ExpertParallelState) -> None:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not state.is_started:
             _start_eagerly(state)
+        if not state.is_batch_checked and state.model.training and torch.is_grad_enabled():
+            state.is_batch_checked = True
+            warn_of_equal_batches(state, args, kwargs)
         if state.root is None:
             return forward(*args, **kwargs)
         return state.root(functools.partial(forward, *args, **kwargs))
