@@ -16,7 +16,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     _add_training_arguments(parser)
     known, _ = parser.parse_known_args(argv)
     if known.quick:
-        parser.set_defaults(max_steps=30, validation_freq=15, min_gain=0.1, name="quick")
+        parser.set_defaults(max_steps=60, validation_freq=30, min_gain=0.2, name="quick")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,7 @@
 """Text from an exported model, by transformers alone: the proof that the export is complete."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +16,8 @@ def write_sample(model_folder: Path, tokenizer_folder: Path, path: Path) -> str:
     """
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    model.train(False)
     torch.manual_seed(0)
     texts = []
     for prompt in PROMPTS:
@@ -28,7 +30,7 @@ def write_sample(model_folder: Path, tokenizer_folder: Path, path: Path) -> str:
             top_k=40,
             pad_token_id=tokenizer.eos_token_id,
         )
-        texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
+        texts.append(str(tokenizer.decode(output[0], skip_special_tokens=True)))
     text = "\n----\n".join(texts) + "\n"
     path.write_text(text)
     return text

@@ -1,6 +1,6 @@
 """One line makes a stock Mixtral expert-parallel; the code around it stays as it was.
 
-    torchrun --nproc-per-node 4 examples/patch_your_model.py --fsdp 2     # or 1, or none
+torchrun --nproc-per-node 4 examples/patch_your_model.py --fsdp 2     # or 1, or none
 """
 
 import argparse
@@ -32,15 +32,15 @@ def main() -> None:
 
     dist.init_process_group("gloo")
     torch.manual_seed(0)  # the same weights on every rank
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=128))
+    config = MixtralConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    model = MixtralForCausalLM(config)
 
     mesh = torch_moe_ep.init_device_mesh("cpu", expert_parallel_degree=2)
     torch_moe_ep.apply_expert_parallel(model, mesh)
 
     wrapped = wrap(model, fsdp)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
-    tokens = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
+    tokens = torch.randint(32000, (2, 32), generator=torch.Generator().manual_seed(dist.get_rank()))
     for step in range(3):
         loss = wrapped(input_ids=tokens, labels=tokens).loss
         loss.backward()

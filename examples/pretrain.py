@@ -101,7 +101,7 @@ def build_model(arguments: argparse.Namespace, vocab_size: int) -> MixtralForCau
 
 def shard_model(arguments: argparse.Namespace, model: MixtralForCausalLM, ranks: Ranks) -> None:
     """Patch the experts, then shard as one would without expert parallelism. Collective."""
-    model.to(ranks.device)
+    torch.nn.Module.to(model, ranks.device)
     degree = expert_parallel_degree(arguments, ranks.num_ranks)
     if degree > 0:
         mesh = torch_moe_ep.init_device_mesh(
@@ -140,13 +140,13 @@ def make_optimizer(
     optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(arguments.beta1, arguments.beta2))
     decay_steps = arguments.lr_decay_iters or arguments.max_steps
     warmup_steps = max(1, round(arguments.warmup * decay_steps))
-    floor = arguments.min_lr / arguments.lr
+    floor = float(arguments.min_lr / arguments.lr)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
-            return (step + 1) / warmup_steps
+            return float((step + 1) / warmup_steps)
         progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        return float(floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -232,7 +232,7 @@ def train(
     model.train()
     for step in range(first_step, arguments.max_steps):
         started = time.perf_counter()
-        lr = scheduler.get_last_lr()[0]
+        lr = float(scheduler.get_last_lr()[0])
         tokens = corpus.batch_of_step(
             data.train,
             step,

@@ -1,0 +1,236 @@
+"""Timing of candidates turn about, the machine's description, and result files.
+
+A GPU under sustained load is limited by power and slows down as it warms, so a short benchmark
+flatters whoever runs first. Here candidates alternate in turns, each gets at least `min_seconds`
+in all, and every figure is also given as a ratio to a dense GEMM that takes part in the same loop.
+"""
+
+import argparse
+import datetime
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS_DIR = Path(__file__).parent / "results"
+DENSE = "dense GEMM"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time.
+
+    Attributes:
+        name: as printed.
+        run: does the work once; on a GPU it only enqueues.
+        work: FLOPs or bytes of one run; the figure is work over time.
+    """
+
+    name: str
+    run: Callable[[], object]
+    work: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Rates of one candidate in work per second, one for each turn."""
+
+    candidate: Candidate
+    rates: tuple[float, ...]
+    runs: int
+
+    @property
+    def rate(self) -> float:
+        """Median over the turns."""
+        return statistics.median(self.rates)
+
+    def ratios(self, reference: "Timing") -> tuple[float, float, float]:
+        """(min, median, max) over the turns of this rate to the reference's in the same turn."""
+        ratios = [rate / other for rate, other in zip(self.rates, reference.rates, strict=True)]
+        return min(ratios), statistics.median(ratios), max(ratios)
+
+
+def time_turn_about(
+    candidates: Sequence[Candidate],
+    device: torch.device,
+    *,
+    min_seconds: float = 1.0,
+    turns: int = 5,
+) -> list[Timing]:
+    """Time candidates in alternation.
+
+    Each candidate runs once to warm up and once to learn how long it takes; then in each turn
+    every candidate runs often enough that all its turns together last `min_seconds`.
+
+    Returns:
+        One Timing a candidate, in order.
+    """
+    runs_per_turn = []
+    for candidate in candidates:
+        candidate.run()
+        seconds = _seconds(candidate.run, 1, device)
+        runs_per_turn.append(max(1, round(min_seconds / turns / max(seconds, 1e-6) + 0.5)))
+    rates: list[list[float]] = [[] for _ in candidates]
+    for _ in range(turns):
+        for candidate, num_runs, found in zip(candidates, runs_per_turn, rates, strict=True):
+            found.append(candidate.work * num_runs / _seconds(candidate.run, num_runs, device))
+    return [
+        Timing(candidate, tuple(found), num_runs * turns)
+        for candidate, found, num_runs in zip(candidates, rates, runs_per_turn, strict=True)
+    ]
+
+
+def _seconds(run: Callable[[], object], num_runs: int, device: torch.device) -> float:
+    """Duration of `num_runs` runs: device events on a GPU, the wall clock on a CPU."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(num_runs):
+            run()
+        return time.perf_counter() - started
+    torch.cuda.synchronize(device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(num_runs):
+        run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def dense_gemm(device: torch.device, dtype: torch.dtype) -> Candidate:
+    """A square GEMM of random normal data: 8192 on a GPU, 2048 on a CPU."""
+    size = 8192 if device.type == "cuda" else 2048
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
+    product = torch.empty_like(left)
+    return Candidate(DENSE, lambda: torch.mm(left, right, out=product), 2.0 * size**3)
+
+
+def copy(device: torch.device, num_bytes: int) -> Candidate:
+    """A device-to-device copy; bytes read plus bytes written."""
+    source = torch.randn(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    return Candidate("copy", lambda: target.copy_(source), 2.0 * source.numel() * 4)
+
+
+def speed_rows(
+    timings: Sequence[Timing], case: str, unit: str, scale: float, reference: str = DENSE
+) -> list[dict[str, Any]]:
+    """Turn timings into result rows; `reference` names the candidate that ratios refer to."""
+    base = next(timing for timing in timings if timing.candidate.name == reference)
+    ratio_name = "ratio_to_dense" if reference == DENSE else f"ratio_to_{reference}"
+    rows = []
+    for timing in timings:
+        low, middle, high = timing.ratios(base)
+        rows.append(
+            {
+                "name": timing.candidate.name,
+                "case": case,
+                "value": round(timing.rate / scale, 2),
+                "unit": unit,
+                ratio_name: round(middle, 4),
+                "ratio_min": round(low, 4),
+                "ratio_max": round(high, 4),
+                "runs": timing.runs,
+            }
+        )
+    return rows
+
+
+def machine(commit: str = "") -> dict[str, Any]:
+    """Return the fields that every result file begins with, but the command."""
+    query = "--query-gpu=name,driver_version,power.limit"
+    described = _output_of("nvidia-smi", query, "--format=csv,noheader,nounits").split(", ")
+    gpu, driver, power = described if len(described) == 3 else ("none", "", "")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit or _output_of("git", "rev-parse", "HEAD"),
+        "gpu": gpu,
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "power_limit_w": float(power) if power else None,
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+def _output_of(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return (done.stdout.splitlines() or [""])[0].strip()
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that every benchmark has."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--min_seconds", type=float, default=1.0, help="work per figure")
+    parser.add_argument("--turns", type=int, default=5, help="turns per candidate")
+    parser.add_argument(
+        "--output", type=Path, help="default: benchmarks/results/<date>-<name>.json"
+    )
+    parser.add_argument("--commit", default="", help="where there is no git checkout")
+    parser.add_argument("--plot", action="store_true", help="write a PNG beside the result file")
+
+
+def finish(name: str, rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Path:
+    """Print the rows as a table, write (or merge into) the result file, plot; return its path."""
+    from benchmarks.results import format_table, plot
+
+    print(format_table(rows))
+    path = write_results(name, rows, arguments.output, arguments.commit)
+    print(f"written to {path}")
+    if arguments.plot:
+        print(f"plotted to {plot(path)}")
+    return path
+
+
+def write_results(
+    name: str, rows: Sequence[dict[str, Any]], path: Path | None = None, commit: str = ""
+) -> Path:
+    """Write benchmarks/results/<date>-<name>.json (CPU runs: <date>-<name>-cpu.json).
+
+    A file that is already there from the same commit and GPU is merged into: rows of the same
+    (name, case, unit) are replaced, so a grid may be split over several runs. Any other file
+    there is kept and the new one gets the commit's first letters in its name.
+    """
+    program = f"python -m benchmarks.{name}"
+    head = {**machine(commit), "command": f"{program} {shlex.join(sys.argv[1:])}".strip()}
+    suffix = "" if head["gpu"] != "none" else "-cpu"
+    path = path or RESULTS_DIR / f"{head['date']}-{name}{suffix}.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        if (old["commit"], old["gpu"]) == (head["commit"], head["gpu"]):
+            return _merge(path, old, head, rows)
+        path = path.with_stem(f"{path.stem}-{head['commit'][:8]}")
+    _write(path, {**head, "rows": list(rows)})
+    return path
+
+
+def _merge(
+    path: Path, old: dict[str, Any], head: dict[str, Any], rows: Sequence[dict[str, Any]]
+) -> Path:
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["name"], row["case"], row["unit"]
+
+    replaced = {key(row) for row in rows}
+    kept = [row for row in old["rows"] if key(row) not in replaced]
+    commands = old["command"].split(" && ")
+    if head["command"] not in commands:
+        commands.append(head["command"])
+    _write(path, {**head, "command": " && ".join(commands), "rows": [*kept, *rows]})
+    return path
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

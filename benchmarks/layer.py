@@ -1,0 +1,328 @@
+"""The experts module with routing given, forward + backward, against what a user would pick.
+
+    python -m benchmarks.layer                      # CPU: fp32, H 1024, I 3584, T 256 and 2048
+    python -m benchmarks.layer --set must --plot    # GPU: the cells that have a required figure
+    python -m benchmarks.layer --tokens 4096 --routings even 1/i
+
+Candidates share weights, inputs and output gradient. Before timing, output and every gradient is
+compared with the eager module in fp32; a candidate whose error is above twice that of the
+transformers grouped_mm module (fp32: and above 1e-5) is printed as wrong and not timed.
+FLOPs of a run: 18 N H I (N copies); recomputation would not count.
+"""
+
+import argparse
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._autograd import DeviceType
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from benchmarks import common
+from benchmarks.routing import ROUTINGS, expert_ids
+from torch_moe_ep.config import MoEConfig
+from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.swap import expert_parallel_class
+from torch_moe_ep.testing import relative_error
+
+OURS = "torch_moe_ep"
+RECOMPUTE = "torch_moe_ep recompute"
+EAGER = "transformers eager"
+GROUPED = "transformers grouped_mm"
+COMPILED = "transformers grouped_mm compiled"
+SONIC = "sonicmoe"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell: T tokens, E experts, K per token, hidden H, expert width I, a routing."""
+
+    tokens: int
+    routing: str = "even"
+    num_experts: int = 8
+    top_k: int = 2
+    hidden: int = 4096
+    width: int = 14336
+
+    def __str__(self) -> str:
+        """The case as result files name it."""
+        shape = f"E={self.num_experts} K={self.top_k} H={self.hidden} I={self.width}"
+        return f"T={self.tokens} {self.routing} {shape} fwd+bwd"
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of forward and backward."""
+        return 18.0 * self.tokens * self.top_k * self.hidden * self.width
+
+
+FINE_GRAINED = Case(32768, num_experts=128, top_k=8, width=1024)
+NARROW = [Case(32768, num_experts=e, top_k=8, hidden=2048, width=768) for e in (8, 32, 128)]
+SETS = {
+    "must": [Case(16384), Case(16384, "1/i"), Case(4096), Case(1024), FINE_GRAINED],
+    "narrow": NARROW,
+    "full": [Case(t, r) for t in (1024, 4096, 16384, 32768) for r in ROUTINGS] + [FINE_GRAINED],
+    "cpu": [Case(tokens, hidden=1024, width=3584) for tokens in (256, 2048)],
+}
+
+
+@dataclass
+class Inputs:
+    """What every candidate gets: X, router weights, ids, the output's gradient, the weights."""
+
+    x: torch.Tensor
+    router_weights: torch.Tensor
+    ids: torch.Tensor
+    grad_output: torch.Tensor
+    gate_up: nn.Parameter
+    down: nn.Parameter
+
+    def to_float32(self) -> "Inputs":
+        """The same values in fp32, for the oracle."""
+        return Inputs(
+            self.x.detach().float().requires_grad_(),
+            self.router_weights.detach().float().requires_grad_(),
+            self.ids,
+            self.grad_output.float(),
+            nn.Parameter(self.gate_up.detach().float()),
+            nn.Parameter(self.down.detach().float()),
+        )
+
+    def gradients_of(self, module: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        """Output and gradients of X, router weights, gate_up, down: one forward + backward."""
+        output = module(self.x, self.ids, self.router_weights)
+        wanted = (self.x, self.router_weights, self.gate_up, self.down)
+        return [output.detach(), *torch.autograd.grad(output, wanted, self.grad_output)]
+
+
+NAMES = ("output", "grad X", "grad router weights", "grad gate_up", "grad down")
+
+
+def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Random normal data, the routing with exact loads."""
+    torch.manual_seed(0)
+    experts, hidden, width = case.num_experts, case.hidden, case.width
+
+    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype)
+
+    router_weights = torch.rand(case.tokens, case.top_k, device=device) + 0.1
+    router_weights /= router_weights.sum(dim=1, keepdim=True)
+    ids = expert_ids(case.routing, case.tokens, experts, case.top_k)
+    return Inputs(
+        normal(case.tokens, hidden).requires_grad_(),
+        router_weights.requires_grad_(),
+        ids.to(device),
+        normal(case.tokens, hidden),
+        nn.Parameter(normal(experts, 2 * width, hidden, scale=hidden**-0.5)),
+        nn.Parameter(normal(experts, hidden, width, scale=width**-0.5)),
+    )
+
+
+def transformers_experts(case: Case, inputs: Inputs, implementation: str) -> nn.Module:
+    """Transformers' experts module on the inputs' weights."""
+    config = MixtralConfig(
+        hidden_size=case.hidden,
+        intermediate_size=case.width,
+        num_local_experts=case.num_experts,
+        num_experts_per_tok=case.top_k,
+    )
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        module: nn.Module = MixtralExperts(config)
+    module.gate_up_proj, module.down_proj = inputs.gate_up, inputs.down
+    return module
+
+
+def our_experts(case: Case, inputs: Inputs, recompute: str = "none") -> nn.Module:
+    """The expert-parallel experts module at P = 1, as `apply_expert_parallel` makes it."""
+    module = transformers_experts(case, inputs, "eager")
+    module.__class__ = expert_parallel_class(type(module))
+    assert isinstance(module, ExpertParallelExperts)
+    module.setup_expert_parallel(
+        ep_group_name="",
+        ep_size=1,
+        ep_rank=0,
+        num_experts=case.num_experts,
+        weight_grad_scale=1.0,
+        config=replace(MoEConfig(), recompute=recompute),
+    )
+    return module
+
+
+def candidates_of(
+    case: Case, inputs: Inputs, device: torch.device
+) -> dict[str, Callable[..., torch.Tensor]]:
+    """Name to module of everything that can run here."""
+    grouped = transformers_experts(case, inputs, "grouped_mm")
+    modules: dict[str, Callable[..., torch.Tensor]] = {
+        OURS: our_experts(case, inputs),
+        EAGER: transformers_experts(case, inputs, "eager"),
+        GROUPED: grouped,
+    }
+    if device.type == "cuda":
+        modules[RECOMPUTE] = our_experts(case, inputs, "gate_up")
+        modules[COMPILED] = torch.compile(copy.copy(grouped), dynamic=False)
+        if _has_sonicmoe():
+            modules[SONIC] = transformers_experts(case, inputs, "sonicmoe")
+    return modules
+
+
+def _has_sonicmoe() -> bool:
+    try:
+        import sonicmoe  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def errors_of(actual: list[torch.Tensor], oracle: list[torch.Tensor]) -> list[float]:
+    """Relative error of output and each gradient."""
+    return [relative_error(a, o.to(a.device)) for a, o in zip(actual, oracle, strict=True)]
+
+
+def wrong_rows(
+    case: Case, inputs: Inputs, modules: dict[str, Callable[..., torch.Tensor]]
+) -> list[dict[str, Any]]:
+    """Check every candidate against fp32; a row for each wrong one, which leaves `modules`."""
+    exact = inputs.to_float32()
+    oracle = [part.cpu() for part in exact.gradients_of(transformers_experts(case, exact, "eager"))]
+    del exact
+    _free()
+    floor = 1e-5 if inputs.x.dtype == torch.float32 else 0.0
+    peer_errors = errors_of(inputs.gradients_of(modules[GROUPED]), oracle)
+    rows = []
+    for name in list(modules):
+        try:
+            errors = errors_of(inputs.gradients_of(modules[name]), oracle)
+            bad = [
+                f"{what} {error:.2g} (grouped_mm {peer:.2g})"
+                for what, error, peer in zip(NAMES, errors, peer_errors, strict=True)
+                if not error <= max(2 * peer, floor)
+            ]
+        except (RuntimeError, ValueError) as error:
+            bad = [str(error).strip().splitlines()[0][:200]]
+        _free()
+        if bad:
+            del modules[name]
+            what = "wrong: " + ", ".join(bad)
+            print(f"{case}: {name} is {what}", flush=True)
+            rows.append({"name": name, "case": str(case), "value": what, "unit": "error"})
+    return rows
+
+
+def saved_bytes(inputs: Inputs, module: Callable[..., torch.Tensor]) -> int:
+    """Bytes that forward saves for backward, without weights and the caller's X."""
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (inputs.x, inputs.gate_up, inputs.down)
+    }
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = module(inputs.x, inputs.ids, inputs.router_weights)
+    del output
+    return sum(found.values())
+
+
+def launches(inputs: Inputs, module: Callable[..., torch.Tensor]) -> tuple[int, int]:
+    """(kernels, copies and fills; host synchronisations) of one forward + backward on a GPU."""
+    inputs.gradients_of(module)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        inputs.gradients_of(module)
+    events = profile.events() or []
+    kernels = sum(event.device_type == DeviceType.CUDA for event in events)
+    waits = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+    # The profiler itself ends with one cudaDeviceSynchronize, which is not counted.
+    return kernels, sum(event.name in waits for event in events)
+
+
+def run_case(
+    case: Case, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Check, time and count every candidate of one cell."""
+    inputs = make_inputs(case, device, dtype)
+    modules = candidates_of(case, inputs, device)
+    rows = wrong_rows(case, inputs, modules)
+    candidates = [common.dense_gemm(device, dtype)]
+    for name, module in modules.items():
+        run = _runner(inputs, module)
+        candidates.append(common.Candidate(name, run, case.flops))
+    timings = common.time_turn_about(
+        candidates, device, min_seconds=arguments.min_seconds, turns=arguments.turns
+    )
+    unit, scale = ("TFLOP/s", 1e12) if device.type == "cuda" else ("GFLOP/s", 1e9)
+    rows += common.speed_rows(timings, str(case), unit, scale)
+    for name, module in modules.items():
+        saved = saved_bytes(inputs, module) / 2**30
+        rows.append(
+            {"name": name, "case": str(case), "value": round(saved, 4), "unit": "GiB saved"}
+        )
+        if device.type == "cuda" and name in (OURS, GROUPED):
+            counts = launches(inputs, module)
+            for value, unit in zip(counts, ("launches", "host syncs"), strict=True):
+                rows.append({"name": name, "case": str(case), "value": value, "unit": unit})
+    if OURS in modules:
+        _print_ratio(case, timings)
+    torch._dynamo.reset()
+    return rows
+
+
+def _runner(inputs: Inputs, module: Callable[..., torch.Tensor]) -> Callable[[], object]:
+    return lambda: inputs.gradients_of(module)
+
+
+def _print_ratio(case: Case, timings: list[common.Timing]) -> None:
+    rates = {timing.candidate.name: timing.rate for timing in timings}
+    peers = {n: rate for n, rate in rates.items() if not n.startswith((OURS, common.DENSE))}
+    if peers:
+        best = max(peers, key=lambda name: peers[name])
+        ratio = rates[OURS] / peers[best]
+        print(f"{case}: {OURS} is {ratio:.2f} times the best other ({best})", flush=True)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Run the cells asked for and keep the result file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common.add_common_arguments(parser)
+    parser.add_argument("--set", choices=SETS, help="default: cpu on a CPU, must on a GPU")
+    parser.add_argument("--tokens", type=int, nargs="+", help="own grid instead of a set: T")
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=["even"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
+    if arguments.tokens:
+        sizes = {} if on_gpu else {"hidden": 1024, "width": 3584}
+        cases = [Case(t, r, **sizes) for t in arguments.tokens for r in arguments.routings]
+    else:
+        cases = SETS[arguments.set or ("must" if on_gpu else "cpu")]
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        rows += run_case(case, device, dtype, arguments)
+        _free()
+    common.finish("layer", rows, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Prints result files: `python -m benchmarks.results [--plot] [FILES]`; all files by default."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS_DIR
+
+FIXED = ("name", "case", "value", "unit")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read one result file.
+
+    Raises:
+        ValueError: a field of the format is missing.
+    """
+    result: dict[str, Any] = json.loads(path.read_text())
+    wanted = ("date", "commit", "gpu", "driver", "torch", "cuda", "power_limit_w", "command")
+    missing = [field for field in (*wanted, "rows") if field not in result]
+    if missing:
+        raise ValueError(f"{path} is no result file: {', '.join(missing)} missing.")
+    for row in result["rows"]:
+        if not set(FIXED) <= set(row):
+            raise ValueError(f"{path}: a row needs {', '.join(FIXED)}, got {sorted(row)}.")
+    return result
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay rows out as text in columns, rows of one case together."""
+    extra = list(dict.fromkeys(key for row in rows for key in row if key not in FIXED))
+    columns = ["case", "name", "value", "unit", *extra]
+    cells = [columns] + [[_text(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(len(line[idx]) for line in cells) for idx in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    )
+
+
+def _text(value: object) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1000 else str(value)
+
+
+def plot(path: Path) -> Path:
+    """Draw every speed of a result file as bars by case; return the PNG's path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    result = read(path)
+    speeds = [row for row in result["rows"] if isinstance(row["value"], int | float)]
+    units = list(dict.fromkeys(row["unit"] for row in speeds))
+    figure, all_axes = pyplot.subplots(
+        len(units), figsize=(9, 1 + 0.28 * len(speeds)), squeeze=False, layout="constrained"
+    )
+    for axes, unit in zip(all_axes[:, 0], units, strict=True):
+        rows = [row for row in speeds if row["unit"] == unit][::-1]
+        axes.barh([f"{row['case']}: {row['name']}" for row in rows], [row["value"] for row in rows])
+        axes.set_xlabel(unit)
+        axes.grid(axis="x", alpha=0.3)
+    machine = result["gpu"] if result["gpu"] != "none" else f"CPU, torch {result['torch']}"
+    figure.suptitle(f"{path.stem} ({machine})")
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=110)
+    pyplot.close(figure)
+    return target
+
+
+def main() -> None:
+    """Print each file's head and table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--plot", action="store_true", help="write a PNG beside each file")
+    arguments = parser.parse_args()
+    for path in arguments.files or sorted(RESULTS_DIR.glob("*.json")):
+        result = read(path)
+        head = {key: value for key, value in result.items() if key != "rows"}
+        print(f"{path.name}: " + ", ".join(f"{key} {value}" for key, value in head.items()))
+        print(format_table(result["rows"]) + "\n")
+        if arguments.plot:
+            print(f"plotted to {plot(path)}\n")
+
+
+if __name__ == "__main__":
+    main()
