@@ -3,17 +3,9 @@
 
 #include <cuda.h>
 
-#include <cstdint>
+#include "expert_mlp/tile_space.h"
 
 namespace torch_moe_ep::sm90 {
-
-struct TileSpace {
-  const int64_t* expert_offsets;
-  int num_experts;
-  int fixed_tiles_m;  // super tiles along M of every expert (TN); 0: from the rows of the expert
-  int tiles_n;        // super tiles along N
-  int group_m;        // super tiles along M that are walked together
-};
 
 struct KernelArguments {
   CUtensorMap a;

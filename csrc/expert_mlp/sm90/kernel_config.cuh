@@ -5,7 +5,8 @@
 
 #include "expert_mlp/grouped_gemm.h"
 #include "expert_mlp/sm90/choose_tile.h"
-#include "expert_mlp/sm90/tile_scheduler.cuh"
+#include "expert_mlp/sm90/kernel_arguments.h"
+#include "expert_mlp/tile_scheduler.cuh"
 
 namespace torch_moe_ep::sm90 {
 

@@ -11,9 +11,9 @@
 #include <cstdint>
 
 #include "expert_mlp/grouped_gemm.h"
-#include "expert_mlp/sm90/kernel_arguments.h"
+#include "expert_mlp/tile_space.h"
 
-namespace torch_moe_ep::sm90 {
+namespace torch_moe_ep {
 
 // In shared memory, filled once per CTA.
 struct ExpertTable {
@@ -101,4 +101,4 @@ class TileScheduler {
   int expert_ = 0;
 };
 
-}  // namespace torch_moe_ep::sm90
+}  // namespace torch_moe_ep

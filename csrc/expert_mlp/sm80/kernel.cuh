@@ -1,0 +1,208 @@
+// The generic grouped GEMM: persistent CTAs of 8 warps, cp.async stages, mma.sync.
+#pragma once
+
+#include "expert_mlp/grouped_gemm.h"
+#include "expert_mlp/sm80/operand.cuh"
+#include "expert_mlp/tile_scheduler.cuh"
+
+namespace torch_moe_ep::sm80 {
+
+struct KernelArguments {
+  const __nv_bfloat16* a;
+  const __nv_bfloat16* b;
+  __nv_bfloat16* out;
+  TileSpace space;
+  int64_t columns;    // N
+  int64_t a_columns;  // K of NT and NN, M of TN
+  float alpha;
+};
+
+template <GemmLayout kLayout_, int kBlockN_, int kStages_>
+struct KernelConfig {
+  static constexpr GemmLayout kLayout = kLayout_;
+  static constexpr int kBlockM = 128;
+  static constexpr int kBlockN = kBlockN_;
+  static constexpr int kStages = kStages_;
+  // 2 x 4 warps
+  static constexpr int kWarpM = kBlockM / 2;
+  static constexpr int kWarpN = kBlockN / 4;
+  static constexpr int kBlocksM = kWarpM / 16;
+  static constexpr int kBlocksN = kWarpN / 16;
+
+  static constexpr bool kAIsMnMajor = kLayout == GemmLayout::kTN;
+  static constexpr bool kBIsMnMajor = kLayout != GemmLayout::kNT;
+  using OperandA = Operand<kAIsMnMajor, kBlockM>;
+  using OperandB = Operand<kBIsMnMajor, kBlockN>;
+  static constexpr int kStageBytes = OperandA::kStageBytes + OperandB::kStageBytes;
+  static constexpr int kTableOffset = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kTableOffset + static_cast<int>(sizeof(ExpertTable));
+
+  static_assert(kBlockM * kBlockN * 2 <= kTableOffset, "the epilogue reuses the stages");
+};
+
+template <class Config>
+struct Accumulators {
+  float values[Config::kBlocksM][Config::kBlocksN * 2][4];
+};
+
+template <class Config>
+struct Fragments {
+  uint32_t a[Config::kBlocksM][4];
+  uint32_t b[Config::kBlocksN][4];
+
+  __device__ __forceinline__ void load(uint32_t stage, int warp_m, int warp_n, int k16) {
+#pragma unroll
+    for (int i = 0; i < Config::kBlocksM; ++i) {
+      load_matrix_x4<Config::kAIsMnMajor>(
+          a[i], fragment_address<Config::kAIsMnMajor, false>(stage, warp_m + i * 16, k16));
+    }
+#pragma unroll
+    for (int j = 0; j < Config::kBlocksN; ++j) {
+      load_matrix_x4<Config::kBIsMnMajor>(
+          b[j], fragment_address<Config::kBIsMnMajor, true>(stage + Config::OperandA::kStageBytes,
+                                                            warp_n + j * 16, k16));
+    }
+  }
+};
+
+template <class Config>
+__device__ __forceinline__ void multiply(Accumulators<Config>& acc,
+                                         const Fragments<Config>& fragments) {
+#pragma unroll
+  for (int i = 0; i < Config::kBlocksM; ++i) {
+#pragma unroll
+    for (int j = 0; j < Config::kBlocksN; ++j) {
+      const auto& b = fragments.b[j];
+      multiply_16x8x16(acc.values[i][2 * j], fragments.a[i], b[0], b[1]);
+      multiply_16x8x16(acc.values[i][2 * j + 1], fragments.a[i], b[2], b[3]);
+    }
+  }
+}
+
+// Over all steps of K, kStages - 1 stages ahead; fragments of the next 16 k are read under the
+// mmas.
+template <class Config>
+__device__ __forceinline__ void multiply_tile(Accumulators<Config>& acc,
+                                              const typename Config::OperandA& a,
+                                              const typename Config::OperandB& b, uint32_t shared,
+                                              int steps, int warp_m, int warp_n) {
+  constexpr int kStages = Config::kStages;
+  constexpr int kFragments = kStepK / 16;
+  const auto load_stage = [&](int step) {
+    if (step < steps) {
+      const uint32_t stage = shared + step % kStages * Config::kStageBytes;
+      a.load(stage, step * kStepK);
+      b.load(stage + Config::OperandA::kStageBytes, step * kStepK);
+    }
+    copy_async_commit();  // empty groups keep the count
+  };
+  for (int step = 0; step < kStages - 1; ++step) load_stage(step);
+  Fragments<Config> fragments[2];
+  for (int step = 0; step < steps; ++step) {
+    copy_async_wait<kStages - 2>();
+    __syncthreads();  // the step is there, and nobody still reads the stage that is written next
+    const uint32_t stage = shared + step % kStages * Config::kStageBytes;
+    fragments[0].load(stage, warp_m, warp_n, 0);
+    load_stage(step + kStages - 1);
+#pragma unroll
+    for (int k16 = 0; k16 < kFragments; ++k16) {
+      if (k16 + 1 < kFragments) {
+        fragments[(k16 + 1) % 2].load(stage, warp_m, warp_n, k16 + 1);
+      }
+      multiply<Config>(acc, fragments[k16 % 2]);
+    }
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+}
+
+// Through shared memory, [chunk of 64 columns][row][64 columns] and swizzled like a stage, so that
+// global memory is written 16 bytes a thread. `out`: element (0, 0) of the tile.
+template <class Config>
+__device__ __forceinline__ void store_tile(const Accumulators<Config>& acc, uint8_t* shared,
+                                           __nv_bfloat16* out, int64_t pitch, int num_rows,
+                                           int num_columns, float alpha, int warp_m, int warp_n) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < Config::kBlocksM; ++i) {
+#pragma unroll
+    for (int j = 0; j < Config::kBlocksN * 2; ++j) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_m + i * 16 + half * 8 + lane / 4;
+        const int column = warp_n + j * 8;
+        const float* values = &acc.values[i][j][half * 2];
+        auto* target = reinterpret_cast<__nv_bfloat162*>(
+            shared + (column / 64 * Config::kBlockM + row) * kRowBytes +
+            ((column % 64 / 8) ^ (row & 7)) * 16 + lane % 4 * 4);
+        *target = __floats2bfloat162_rn(values[0] * alpha, values[1] * alpha);
+      }
+    }
+  }
+  __syncthreads();
+  constexpr int kVectorsPerRow = Config::kBlockN / kVector;
+  for (int index = threadIdx.x; index < Config::kBlockM * kVectorsPerRow; index += kThreads) {
+    const int row = index / kVectorsPerRow, column = index % kVectorsPerRow * kVector;
+    if (row < num_rows && column < num_columns) {
+      const uint4 vector = *reinterpret_cast<const uint4*>(
+          shared + (column / 64 * Config::kBlockM + row) * kRowBytes +
+          ((column % 64 / 8) ^ (row & 7)) * 16);
+      *reinterpret_cast<uint4*>(out + row * pitch + column) = vector;
+    }
+  }
+  __syncthreads();  // before the next tile's copies land here
+}
+
+// What the layout makes of a tile.
+template <class Config>
+struct TileProblem {
+  typename Config::OperandA a;
+  typename Config::OperandB b;
+  __nv_bfloat16* out;
+  int steps;
+  int num_rows;
+};
+
+template <class Config>
+__device__ __forceinline__ TileProblem<Config> problem_of(const KernelArguments& args,
+                                                          const Tile& tile) {
+  const int64_t n = args.columns, k = args.a_columns;
+  const int n_end = static_cast<int>(n), k_end = static_cast<int>(k);
+  const __nv_bfloat16* a = args.a + tile.row_begin * k;
+  const __nv_bfloat16* b = args.b;
+  if (Config::kLayout == GemmLayout::kTN) {
+    return {{a, k, tile.m, k_end, tile.num_rows},
+            {b + tile.row_begin * n, n, tile.n, n_end, tile.num_rows},
+            args.out + (tile.expert * k + tile.m) * n + tile.n,
+            tile.num_rows / kStepK,
+            k_end - tile.m};
+  }
+  return {{a, k, tile.m, tile.num_rows, k_end},
+          {b + tile.expert * n * k, Config::kBIsMnMajor ? n : k, tile.n, n_end, k_end},
+          args.out + (static_cast<int64_t>(tile.row_begin) + tile.m) * n + tile.n,
+          (k_end + kStepK - 1) / kStepK,
+          tile.num_rows - tile.m};
+}
+
+template <class Config>
+__global__ void __launch_bounds__(kThreads, 1) grouped_gemm_kernel(const KernelArguments args) {
+  extern __shared__ __align__(128) uint8_t shared_bytes[];
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes));
+  auto& table = *reinterpret_cast<ExpertTable*>(shared_bytes + Config::kTableOffset);
+  if (threadIdx.x < 32) fill_expert_table(table, args.space, Config::kBlockM);
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32;
+  const int warp_m = warp % 2 * Config::kWarpM, warp_n = warp / 2 * Config::kWarpN;
+  TileScheduler<Config::kBlockM, Config::kBlockN, 1, 1> scheduler(table, args.space, 0);
+  Tile tile;
+  while (scheduler.next(tile)) {
+    const TileProblem<Config> problem = problem_of<Config>(args, tile);
+    Accumulators<Config> acc = {};
+    multiply_tile<Config>(acc, problem.a, problem.b, shared, problem.steps, warp_m, warp_n);
+    store_tile<Config>(acc, shared_bytes, problem.out, args.columns, problem.num_rows,
+                       static_cast<int>(args.columns) - tile.n, args.alpha, warp_m, warp_n);
+  }
+}
+
+}  // namespace torch_moe_ep::sm80

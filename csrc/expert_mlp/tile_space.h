@@ -1,0 +1,17 @@
+// How the output of a grouped GEMM is cut into tiles; passed to the kernels by value. The walk over
+// it is in tile_scheduler.cuh.
+#pragma once
+
+#include <cstdint>
+
+namespace torch_moe_ep {
+
+struct TileSpace {
+  const int64_t* expert_offsets;
+  int num_experts;
+  int fixed_tiles_m;  // super tiles along M of every expert (TN); 0: from the rows of the expert
+  int tiles_n;        // super tiles along N
+  int group_m;        // super tiles along M that are walked together
+};
+
+}  // namespace torch_moe_ep
