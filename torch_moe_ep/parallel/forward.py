@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.parallel.batch_check import warn_of_equal_batches
-from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_state
+from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_param_groups, fsdp_state
 
 
 class ExpertsRoot(nn.Module):
@@ -135,8 +135,7 @@ def _check_dense_world(state: ExpertParallelState) -> None:
     world_size = state.mesh.size()
     sizes: dict[int, str] = {}
     for module in state.fsdp2_modules():
-        group = fsdp_state(module)._fsdp_param_group
-        if group is not None:
+        for group in fsdp_param_groups(module):
             sizes[group.mesh_info.mesh.size()] = "fully_shard"
     for fsdp1 in state.fsdp1_modules():
         replicas = getattr(fsdp1, "_inter_node_pg", None)

@@ -7,6 +7,7 @@ is set: torch applies one twice on a one-rank shard group.
 """
 
 import weakref
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -31,24 +32,35 @@ class InheritedMixedPrecision(MixedPrecisionPolicy):
     come from the nearest FSDP2 module above the experts, else from the innermost FSDP1 wrapper
     around them; without either, nothing is cast. Inputs and outputs are left as they are, as for
     any module inside an FSDP module: casting inputs would round the router's fp32 weights.
+
+    Which experts it belongs to is an attribute of the class (see `inherit`): newer torch copies
+    a policy with `dataclasses.replace`, which keeps the class and passes on the fields alone.
     """
 
-    def __init__(self, experts: nn.Module) -> None:
-        object.__setattr__(self, "_experts_ref", weakref.ref(experts))
+    experts_ref: ClassVar["weakref.ref[nn.Module]"]
+
+    def __init__(self, **_fields: object) -> None:
         object.__setattr__(self, "output_dtype", None)
         object.__setattr__(self, "cast_forward_inputs", False)
+
+    @classmethod
+    def inherit(cls, experts: nn.Module) -> "InheritedMixedPrecision":
+        """The policy of one experts module."""
+        own = type(cls.__name__, (cls,), {"experts_ref": weakref.ref(experts)})
+        policy: InheritedMixedPrecision = own()
+        return policy
 
     def __repr__(self) -> str:
         """Say what kind of policy it is; the dtypes may not be known yet."""
         return "InheritedMixedPrecision()"
 
     def __eq__(self, other: object) -> bool:
-        """Identity: two policies of different experts may come to differ."""
-        return self is other
+        """Whether both belong to the same experts module."""
+        return type(self) is type(other)
 
     def __hash__(self) -> int:
-        """Hash by identity."""
-        return id(self)
+        """Hash by experts module."""
+        return hash(type(self))
 
     @property
     def param_dtype(self) -> torch.dtype | None:
@@ -61,8 +73,10 @@ class InheritedMixedPrecision(MixedPrecisionPolicy):
         return self._dtypes()[1]
 
     def _dtypes(self) -> tuple[torch.dtype | None, torch.dtype | None]:
-        experts = self.__dict__["_experts_ref"]()
-        return (None, None) if experts is None else inherited_dtypes(experts)
+        experts = type(self).experts_ref()
+        if experts is None or not is_fsdp2(experts):
+            return None, None
+        return inherited_dtypes(experts)
 
 
 def shard_experts(
@@ -87,7 +101,7 @@ def shard_experts(
         return Shard(shard_dim(param.to_local().shape, shard_size))
 
     if mp_policy == "inherit":
-        mp_policy = InheritedMixedPrecision(experts)
+        mp_policy = InheritedMixedPrecision.inherit(experts)
     fully_shard(
         experts,
         mesh=data_mesh,
@@ -113,7 +127,7 @@ def inherited_dtypes(experts: nn.Module) -> tuple[torch.dtype | None, torch.dtyp
         return None, None
     innermost: FullyShardedDataParallel = min(around, key=lambda w: len(list(w.modules())))
     mixed = innermost.mixed_precision
-    return mixed.param_dtype, mixed.reduce_dtype
+    return mixed.param_dtype, mixed.reduce_dtype or mixed.param_dtype  # FSDP1's own fallback
 
 
 def _fsdp2_ancestors(experts: nn.Module) -> list[nn.Module]:

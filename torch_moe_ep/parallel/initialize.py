@@ -8,7 +8,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torch_moe_ep.integrations.transformers import initializer_range
-from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_state, iter_experts
+from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_param_groups, iter_experts
 from torch_moe_ep.parallel.swap import WEIGHT_NAMES, shard_slice
 
 
@@ -44,8 +44,8 @@ def initialize_experts(model: nn.Module, *, seed: int = 0, std: float | None = N
 
 def _home(experts: nn.Module, state: ExpertParallelState) -> torch.device:
     """Where this rank's shards live: the CPU under FSDP2's CPU offload, else the mesh's device."""
-    group = fsdp_state(experts)._fsdp_param_group
-    is_offloaded = group is not None and isinstance(group.offload_policy, CPUOffloadPolicy)
+    policies = [group.offload_policy for group in fsdp_param_groups(experts)]
+    is_offloaded = any(isinstance(policy, CPUOffloadPolicy) for policy in policies)
     return torch.device("cpu") if is_offloaded else state.device
 
 

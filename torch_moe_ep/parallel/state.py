@@ -83,6 +83,18 @@ def fsdp_state(module: nn.Module) -> Any:
     return module._get_fsdp_state()
 
 
+def fsdp_param_groups(module: nn.Module) -> list[Any]:
+    """The FSDP2 parameter groups of a module: one, or none where it manages no parameter.
+
+    Newer torch keeps a list, for modules whose parameters are on several meshes.
+    """
+    state = fsdp_state(module)
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
 def track(state: ExpertParallelState) -> None:
     """Make a state reachable from its experts, from `live_states`, and from later wrappers."""
     _register_wrapper_hook()
