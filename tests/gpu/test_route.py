@@ -25,7 +25,9 @@ def route_reference(
     logits: torch.Tensor, top_k: int, normalize: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     probabilities = torch.softmax(logits.float(), dim=-1)
-    weights, expert_ids = torch.topk(probabilities, top_k, dim=-1)
+    # Stable: of equal probabilities the smaller id comes first, which topk does not promise.
+    weights, expert_ids = probabilities.sort(dim=-1, descending=True, stable=True)
+    weights, expert_ids = weights[:, :top_k], expert_ids[:, :top_k]
     if normalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights, expert_ids
@@ -38,7 +40,7 @@ def test_route_equals_torch(
     shape: tuple[int, int, int], dtype: torch.dtype, normalize: bool
 ) -> None:
     num_tokens, num_experts, top_k = shape
-    # Distinct logits, so that no tie decides.
+    # Far enough apart to round alike; the 16-bit types have ties among 512.
     order = torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(1))
     logits = (order.argsort(dim=1).float() / 16).to(dtype).cuda().requires_grad_()
     weights, expert_ids = ops.route(logits, top_k, normalize)
