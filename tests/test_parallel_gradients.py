@@ -28,7 +28,8 @@ MODELS = {
     "tied_aux": {**TIED, **AUX},
     "uneven": UNEVEN,
     "uneven_aux": {**UNEVEN, **AUX},
-    "top1": {"num_experts_per_tok": 1},
+    # One normalised weight is the constant 1: only the auxiliary loss moves the router.
+    "top1_aux": {"num_experts_per_tok": 1, **AUX},
     "top3_of_16": {"num_local_experts": 16, "num_experts_per_tok": 3},
     "top4_of_4": {"num_local_experts": 4, "num_experts_per_tok": 4},
     "top8_of_8": {"num_experts_per_tok": 8},

@@ -12,6 +12,7 @@ and shows what they were doing, and the pool starts fresh workers for the next c
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -222,6 +223,7 @@ def _work(
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     faulthandler.register(signal.SIGUSR1, file=output, all_threads=True)
     faulthandler.enable(file=output)
+    gc.freeze()  # what was imported before the fork: collecting after each case stays cheap
     while True:
         message = connection.recv_bytes()
         try:
@@ -235,6 +237,7 @@ def _work(
         except BaseException:
             answer_bytes = pickle.dumps((False, traceback.format_exc()))
         connection.send_bytes(answer_bytes)
+        gc.collect()  # models are cyclic; the next case must not find the last one's
 
 
 @contextlib.contextmanager
