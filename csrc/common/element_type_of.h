@@ -17,8 +17,8 @@ inline ElementType element_type_of(const at::Tensor& tensor) {
     case at::kHalf:
       return ElementType::kFloat16;
     default:
-      TORCH_CHECK_VALUE(false, "dtype must be float32, bfloat16 or float16, got ",
-                        tensor.scalar_type());
+      TORCH_CHECK_VALUE(
+          false, "dtype must be float32, bfloat16 or float16, got ", tensor.scalar_type());
   }
 }
 

@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kPlaceThreads)
   const ExpertSums sums = sum_block_counts(p, scratch[0], scratch[1]);
   __syncthreads();
   int64_t num_slots = 0;
-  const int64_t offset = block_exclusive_sum<kPlaceThreads>(round_up(sums.total, p.row_alignment),
-                                                            scratch[0], &num_slots);
+  const int64_t offset = block_exclusive_sum<kPlaceThreads>(
+      round_up(sums.total, p.row_alignment), scratch[0], &num_slots);
   if (blockIdx.x == 0 && thread < p.num_experts) {
     p.counts[thread] = sums.total;
     if (p.segment_offsets != nullptr) p.segment_offsets[thread] = offset;
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(kPlaceThreads) place_received(const ReceivedPl
       length += pair_counts[source * num_local + thread];
     }
   }
-  const int64_t offset = block_exclusive_sum<kPlaceThreads>(round_up(length, p.row_alignment),
-                                                            scratch, &total);
+  const int64_t offset =
+      block_exclusive_sum<kPlaceThreads>(round_up(length, p.row_alignment), scratch, &total);
   if (thread == this_expert) first_slot = offset + earlier_sources;
   if (this_pair == 0 && blockIdx.y == 0) {
     if (thread < num_local) p.expert_offsets[thread] = offset;
@@ -279,13 +279,14 @@ cudaError_t launch_pack_words(const PackedRows& p, cudaStream_t stream) {
   constexpr int64_t kPartBytes = sizeof(Word) * kAccessesPerLane * kWarpSize;
   const int64_t parts_per_row = (p.row_bytes + kPartBytes - 1) / kPartBytes;
   const int64_t num_padding_places =
-      p.expert_offsets == nullptr ? 0
-                                  : static_cast<int64_t>(p.num_local_experts) * (p.row_alignment - 1);
+      p.expert_offsets == nullptr
+          ? 0
+          : static_cast<int64_t>(p.num_local_experts) * (p.row_alignment - 1);
   const int64_t units = (p.num_sources + num_padding_places) * parts_per_row;
   if (units == 0) return cudaSuccess;
   const auto blocks = static_cast<unsigned>((units + kMoveWarps - 1) / kMoveWarps);
-  pack_rows<Word><<<blocks, kMoveWarps * kWarpSize, 0, stream>>>(p, parts_per_row,
-                                                                 num_padding_places);
+  pack_rows<Word>
+      <<<blocks, kMoveWarps * kWarpSize, 0, stream>>>(p, parts_per_row, num_padding_places);
   return cudaGetLastError();
 }
 

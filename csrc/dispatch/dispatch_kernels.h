@@ -49,10 +49,10 @@ cudaError_t launch_place_received(const ReceivedPlaces& places, cudaStream_t str
 // Writes rows[slot_of_copy[s * copies_per_source + k]] = source[s] for all k, and zeros into the
 // padding rows at the end of each expert's segment.
 struct PackedRows {
-  const void* source;   // [num_sources, row_bytes]
-  const float* weights;  // [num_sources * copies_per_source], or null
-  void* rows;           // [slots, row_bytes]
-  float* row_weights;   // [slots], or null; padding rows get 0
+  const void* source;           // [num_sources, row_bytes]
+  const float* weights;         // [num_sources * copies_per_source], or null
+  void* rows;                   // [slots, row_bytes]
+  float* row_weights;           // [slots], or null; padding rows get 0
   const int64_t* slot_of_copy;  // [num_sources * copies_per_source]; -1: nowhere
   int64_t num_sources;
   int copies_per_source;  // at most kMaxTopK

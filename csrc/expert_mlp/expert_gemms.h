@@ -34,11 +34,15 @@ class ExpertGemms {
     at::Tensor activation;  // [R, I]
   };
   // nt followed by SwiGLU times row weight, in one kernel where the kernels chosen have it.
-  GateUp nt_swiglu(const at::Tensor& rows, const at::Tensor& weights,
+  GateUp nt_swiglu(const at::Tensor& rows,
+                   const at::Tensor& weights,
                    const at::Tensor& row_weights);
 
  private:
   GemmKernels choose(const GroupedGemmShape& shape, const at::Tensor& a, const at::Tensor& b) const;
+  at::Tensor rows_times_weights(GemmLayout layout,
+                                const at::Tensor& rows,
+                                const at::Tensor& weights);
   const at::Tensor& segment_ends();
   const std::vector<int64_t>& host_offsets();
 

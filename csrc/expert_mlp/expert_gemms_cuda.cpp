@@ -19,14 +19,19 @@ bool is_aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kPointerAlignment == 0;
 }
 
-GroupedGemmShape shape_of(GemmLayout layout, const at::Tensor& a, const at::Tensor& b,
+GroupedGemmShape shape_of(GemmLayout layout,
+                          const at::Tensor& a,
+                          const at::Tensor& b,
                           int64_t num_experts) {
   const int64_t columns = layout == GemmLayout::kNT ? b.size(1) : b.size(-1);
   return {layout, num_experts, a.size(0), columns, a.size(1), false};
 }
 
-GroupedGemmParams params_of(const GroupedGemmShape& shape, const at::Tensor& a, const at::Tensor& b,
-                            const at::Tensor& out, const at::Tensor& expert_offsets) {
+GroupedGemmParams params_of(const GroupedGemmShape& shape,
+                            const at::Tensor& a,
+                            const at::Tensor& b,
+                            const at::Tensor& out,
+                            const at::Tensor& expert_offsets) {
   GroupedGemmParams params = {};
   params.shape = shape;
   params.a = a.const_data_ptr();
@@ -36,8 +41,14 @@ GroupedGemmParams params_of(const GroupedGemmShape& shape, const at::Tensor& a, 
   return params;
 }
 
-void launch(const GroupedGemmParams& params) {
-  C10_CUDA_CHECK(sm90::grouped_gemm(params, at::cuda::getCurrentCUDAStream()));
+bool is_hand_written(GemmKernels kernels) {
+  return kernels == GemmKernels::kSm90 || kernels == GemmKernels::kSm80;
+}
+
+void launch(GemmKernels kernels, const GroupedGemmParams& params) {
+  const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(kernels == GemmKernels::kSm90 ? sm90::grouped_gemm(params, stream)
+                                               : sm80::grouped_gemm(params, stream));
 }
 
 }  // namespace
@@ -45,15 +56,19 @@ void launch(const GroupedGemmParams& params) {
 ExpertGemms::ExpertGemms(at::Tensor expert_offsets, at::Tensor host_offsets)
     : expert_offsets_(std::move(expert_offsets)), given_host_offsets_(std::move(host_offsets)) {}
 
-GemmKernels ExpertGemms::choose(const GroupedGemmShape& shape, const at::Tensor& a,
+GemmKernels ExpertGemms::choose(const GroupedGemmShape& shape,
+                                const at::Tensor& a,
                                 const at::Tensor& b) const {
   const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
-  const GemmRequest request = {shape, a.scalar_type() == at::kBFloat16,
+  const GemmRequest request = {shape,
+                               a.scalar_type() == at::kBFloat16,
                                is_aligned(a) && is_aligned(b),
                                device->major * 10 + device->minor};
   const GemmChoice choice = choose_gemm(request, kernel_wish());
-  TORCH_CHECK(choice.refusal == nullptr, "TORCH_MOE_EP_KERNELS asks for kernels that cannot run: ",
-              choice.refusal, " (unset it, or set it to auto)");
+  TORCH_CHECK(choice.refusal == nullptr,
+              "TORCH_MOE_EP_KERNELS asks for kernels that cannot run: ",
+              choice.refusal,
+              " (unset it, or set it to auto)");
   return choice.kernels;
 }
 
@@ -76,35 +91,23 @@ const std::vector<int64_t>& ExpertGemms::host_offsets() {
 }
 
 at::Tensor ExpertGemms::nt(const at::Tensor& rows, const at::Tensor& weights) {
-  const GroupedGemmShape shape = shape_of(GemmLayout::kNT, rows, weights, weights.size(0));
-  const GemmKernels kernels = choose(shape, rows, weights);
-  if (kernels == GemmKernels::kTorchGrouped) {
-    return at::_grouped_mm(rows, weights.transpose(1, 2), segment_ends());
-  }
-  at::Tensor out = at::empty({shape.rows, shape.columns}, rows.options());
-  if (kernels == GemmKernels::kSm90) {
-    launch(params_of(shape, rows, weights, out, expert_offsets_));
-    return out;
-  }
-  const auto& offsets = host_offsets();
-  for (int64_t l = 0; l < shape.num_experts; ++l) {
-    const int64_t count = offsets[l + 1] - offsets[l];
-    if (count == 0) continue;
-    at::Tensor segment = out.narrow(0, offsets[l], count);
-    at::mm_out(segment, rows.narrow(0, offsets[l], count), weights.select(0, l).t());
-  }
-  return out;
+  return rows_times_weights(GemmLayout::kNT, rows, weights);
 }
 
 at::Tensor ExpertGemms::nn(const at::Tensor& rows, const at::Tensor& weights) {
-  const GroupedGemmShape shape = shape_of(GemmLayout::kNN, rows, weights, weights.size(0));
+  return rows_times_weights(GemmLayout::kNN, rows, weights);
+}
+
+at::Tensor ExpertGemms::rows_times_weights(GemmLayout layout,
+                                           const at::Tensor& rows,
+                                           const at::Tensor& weights) {
+  const GroupedGemmShape shape = shape_of(layout, rows, weights, weights.size(0));
   const GemmKernels kernels = choose(shape, rows, weights);
-  if (kernels == GemmKernels::kTorchGrouped) {
-    return at::_grouped_mm(rows, weights, segment_ends());
-  }
+  const at::Tensor right = layout == GemmLayout::kNT ? weights.transpose(1, 2) : weights;
+  if (kernels == GemmKernels::kTorchGrouped) return at::_grouped_mm(rows, right, segment_ends());
   at::Tensor out = at::empty({shape.rows, shape.columns}, rows.options());
-  if (kernels == GemmKernels::kSm90) {
-    launch(params_of(shape, rows, weights, out, expert_offsets_));
+  if (is_hand_written(kernels)) {
+    launch(kernels, params_of(shape, rows, weights, out, expert_offsets_));
     return out;
   }
   const auto& offsets = host_offsets();
@@ -112,7 +115,7 @@ at::Tensor ExpertGemms::nn(const at::Tensor& rows, const at::Tensor& weights) {
     const int64_t count = offsets[l + 1] - offsets[l];
     if (count == 0) continue;
     at::Tensor segment = out.narrow(0, offsets[l], count);
-    at::mm_out(segment, rows.narrow(0, offsets[l], count), weights.select(0, l));
+    at::mm_out(segment, rows.narrow(0, offsets[l], count), right.select(0, l));
   }
   return out;
 }
@@ -129,10 +132,10 @@ at::Tensor ExpertGemms::tn(const at::Tensor& rows_a, const at::Tensor& rows_b, d
     return alpha == 1.0 ? out : out.mul_(alpha);
   }
   at::Tensor out = at::empty({num_experts, shape.a_columns, shape.columns}, rows_a.options());
-  if (kernels == GemmKernels::kSm90) {
+  if (is_hand_written(kernels)) {
     GroupedGemmParams params = params_of(shape, rows_a, rows_b, out, expert_offsets_);
     params.alpha = static_cast<float>(alpha);
-    launch(params);
+    launch(kernels, params);
     return out;
   }
   const auto& offsets = host_offsets();
@@ -144,13 +147,18 @@ at::Tensor ExpertGemms::tn(const at::Tensor& rows_a, const at::Tensor& rows_b, d
       continue;
     }
     // beta 0: what `gradient` holds is not read.
-    at::addmm_out(gradient, gradient, rows_a.narrow(0, offsets[l], count).t(),
-                  rows_b.narrow(0, offsets[l], count), 0, alpha);
+    at::addmm_out(gradient,
+                  gradient,
+                  rows_a.narrow(0, offsets[l], count).t(),
+                  rows_b.narrow(0, offsets[l], count),
+                  0,
+                  alpha);
   }
   return out;
 }
 
-ExpertGemms::GateUp ExpertGemms::nt_swiglu(const at::Tensor& rows, const at::Tensor& weights,
+ExpertGemms::GateUp ExpertGemms::nt_swiglu(const at::Tensor& rows,
+                                           const at::Tensor& weights,
                                            const at::Tensor& row_weights) {
   GroupedGemmShape shape = shape_of(GemmLayout::kNT, rows, weights, weights.size(0));
   const int64_t width = shape.columns / 2;
@@ -162,7 +170,7 @@ ExpertGemms::GateUp ExpertGemms::nt_swiglu(const at::Tensor& rows, const at::Ten
       GroupedGemmParams params = params_of(shape, rows, weights, z, expert_offsets_);
       params.activation = activation.mutable_data_ptr();
       params.row_weights = row_weights.const_data_ptr<float>();
-      launch(params);
+      launch(GemmKernels::kSm90, params);
       return {z, activation};
     }
   }

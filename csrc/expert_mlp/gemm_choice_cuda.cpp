@@ -23,6 +23,14 @@ const char* sm90_refusal(const GemmRequest& request) {
   return sm90::refusal(request.shape);
 }
 
+const char* sm80_refusal(const GemmRequest& request) {
+  if (const char* refusal = common_refusal(request)) return refusal;
+  if (request.compute_capability < 80) {
+    return "the sm80 grouped GEMMs need a GPU of compute capability 8.0 or later";
+  }
+  return sm80::refusal(request.shape);
+}
+
 // torch loops over experts with a host sync of its own where its CUTLASS kernel does not apply
 // (other types, other architectures); our loop is at least as good there.
 bool fits_torch_grouped(const GemmRequest& request) {
@@ -45,11 +53,15 @@ GemmChoice choose_gemm(const GemmRequest& request, KernelWish wish) {
     case KernelWish::kSm90:
       return {GemmKernels::kSm90, sm90_refusal(request)};
     case KernelWish::kSm80:
-      return {GemmKernels::kSm80, "the sm80 grouped GEMMs are not part of this build"};
+      return {GemmKernels::kSm80, sm80_refusal(request)};
     case KernelWish::kAuto:
       break;
   }
   if (sm90_refusal(request) == nullptr) return {GemmKernels::kSm90, nullptr};
+  // On 9.0 torch's CUTLASS kernel is the faster of the two that are left.
+  if (request.compute_capability != 90 && sm80_refusal(request) == nullptr) {
+    return {GemmKernels::kSm80, nullptr};
+  }
   return {choose_torch(request), nullptr};
 }
 

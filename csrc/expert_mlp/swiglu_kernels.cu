@@ -151,7 +151,9 @@ cudaError_t launch_of_type(const Params& p, int64_t width, bool is_aligned, cuda
 }
 
 template <typename Params>
-cudaError_t launch_any(const Params& p, const SwigluParams& forward, uintptr_t addresses,
+cudaError_t launch_any(const Params& p,
+                       const SwigluParams& forward,
+                       uintptr_t addresses,
                        cudaStream_t stream) {
   if (forward.rows == 0) return cudaSuccess;
   const auto row_bytes =

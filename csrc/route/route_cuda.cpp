@@ -13,15 +13,19 @@ namespace torch_moe_ep {
 namespace {
 
 void check_sizes(int64_t num_experts, int64_t top_k) {
-  TORCH_CHECK_VALUE(num_experts <= kMaxRoutedExperts, "logits must have at most ",
-                    kMaxRoutedExperts, " experts on CUDA, got ", num_experts);
-  TORCH_CHECK_VALUE(top_k <= kMaxRoutedTopK, "top_k must be at most ", kMaxRoutedTopK,
-                    " on CUDA, got ", top_k);
+  TORCH_CHECK_VALUE(num_experts <= kMaxRoutedExperts,
+                    "logits must have at most ",
+                    kMaxRoutedExperts,
+                    " experts on CUDA, got ",
+                    num_experts);
+  TORCH_CHECK_VALUE(
+      top_k <= kMaxRoutedTopK, "top_k must be at most ", kMaxRoutedTopK, " on CUDA, got ", top_k);
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> route_cuda(const at::Tensor& logits, int64_t top_k,
+std::tuple<at::Tensor, at::Tensor> route_cuda(const at::Tensor& logits,
+                                              int64_t top_k,
                                               bool normalize) {
   const ElementType element_type = element_type_of(logits);
   const int64_t num_tokens = logits.size(0);
@@ -46,8 +50,10 @@ std::tuple<at::Tensor, at::Tensor> route_cuda(const at::Tensor& logits, int64_t 
   return {weights, expert_ids};
 }
 
-at::Tensor route_backward_cuda(const at::Tensor& grad_weights, const at::Tensor& logits,
-                               const at::Tensor& weights, const at::Tensor& expert_ids,
+at::Tensor route_backward_cuda(const at::Tensor& grad_weights,
+                               const at::Tensor& logits,
+                               const at::Tensor& weights,
+                               const at::Tensor& expert_ids,
                                bool normalize) {
   const ElementType element_type = element_type_of(logits);
   const int64_t top_k = expert_ids.size(1);

@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) route_tokens(const RoutePar
   const int64_t token = token_of_warp();
   if (token >= p.num_tokens) return;
   float probabilities[kPerLane];
-  softmax<T, kPerLane>(static_cast<const T*>(p.logits) + token * p.num_experts, p.num_experts, lane,
-                       probabilities);
+  softmax<T, kPerLane>(
+      static_cast<const T*>(p.logits) + token * p.num_experts, p.num_experts, lane, probabilities);
   uint64_t keys[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) grads[i] = 0.0f * fabsf(dot);
   } else {
-    softmax<T, kPerLane>(static_cast<const T*>(p.logits) + token * p.num_experts, p.num_experts,
-                         lane, grads);
+    softmax<T, kPerLane>(
+        static_cast<const T*>(p.logits) + token * p.num_experts, p.num_experts, lane, grads);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) grads[i] *= -dot;
   }
