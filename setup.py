@@ -1,7 +1,8 @@
 """Builds the operator library of torch_moe_ep; everything else is in pyproject.toml.
 
-The library has no Python in it: no module init function and no link to libpython or libtorch_python. One binary
-serves every CPython, and torch_moe_ep/_library.py loads it with torch.ops.load_library.
+The library has no Python in it: no module init function and no link to libpython or
+libtorch_python. One binary serves every CPython, and torch_moe_ep/_library.py loads it with
+torch.ops.load_library.
 
 Environment:
     TORCH_MOE_EP_CUDA     auto (default: with CUDA when torch has it and nvcc is found), 0 or 1
@@ -25,9 +26,9 @@ DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
 CUDA_ONLY_FOLDERS = ("sm80", "sm90")
 COMMANDS_WITHOUT_TORCH = ("sdist", "egg_info", "clean", "--name", "--version")
 NO_TORCH = (
-    "torch_moe_ep is compiled against the torch that will run it, and no torch can be imported here (build "
-    "isolation hides the installed one): install torch, setuptools and ninja, then run "
-    "`pip install --no-build-isolation .`"
+    "torch_moe_ep is compiled against the torch that will run it, and no torch can be imported "
+    "here (build isolation hides the installed one): install torch, setuptools and ninja, then "
+    "run `pip install --no-build-isolation .`"
 )
 
 try:
@@ -61,7 +62,8 @@ def decide_cuda() -> bool:
     if torch.version.cuda is None:
         missing = f"torch {torch.__version__} is a build without CUDA"
     elif nvcc_path() is None:
-        missing = f"no nvcc under CUDA_HOME={cpp_extension.CUDA_HOME} (install the CUDA toolkit or set CUDA_HOME)"
+        home = cpp_extension.CUDA_HOME
+        missing = f"CUDA_HOME={home} has no bin/nvcc (install the CUDA toolkit or set CUDA_HOME)"
     if choice == "1" and missing:
         sys.exit(f"TORCH_MOE_EP_CUDA=1, but {missing}")
     with_cuda = choice != "0" and missing is None
@@ -80,7 +82,7 @@ def is_cuda_only(source: Path) -> bool:
 
 
 def find_sources(with_cuda: bool) -> list[str]:
-    """Returns the sources relative to the root; two of one stem in a folder would share an object file."""
+    """Returns the sources relative to the root; two of one stem would share an object file."""
     found = sorted(
         path.relative_to(ROOT)
         for pattern in ("*.cpp", "*.cu")
@@ -96,7 +98,7 @@ def find_sources(with_cuda: bool) -> list[str]:
 
 
 def system_includes(with_cuda: bool) -> list[str]:
-    """Makes the headers of torch and CUDA system headers: g++ then drops -I of the same folder."""
+    """Makes the headers of torch and CUDA system headers; g++ then drops -I of the same folder."""
     device = "cuda" if with_cuda else "cpu"
     return [flag for path in cpp_extension.include_paths(device) for flag in ("-isystem", path)]
 
@@ -104,14 +106,15 @@ def system_includes(with_cuda: bool) -> list[str]:
 def make_extension(with_cuda: bool) -> cpp_extension.CppExtension:
     """Describes the library: sources, warnings as errors, every symbol resolved at link time."""
     includes = system_includes(with_cuda)
-    cxx = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *includes]
-    nvcc = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Werror", "all-warnings", *includes]
+    # Without -fopenmp at::parallel_for, a header, runs on one thread.
+    cxx = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    nvcc = ["-std=c++20", "-O3", "-lineinfo", "-Werror", "all-warnings"]
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return make(
         name="torch_moe_ep._ops",
         sources=find_sources(with_cuda),
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "include")],
-        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_compile_args={"cxx": cxx + includes, "nvcc": nvcc + includes},
         extra_link_args=["-fopenmp", "-Wl,--no-undefined", "-Wl,--as-needed"],
         py_limited_api=True,
     )
@@ -132,14 +135,16 @@ def use_ccache(with_cuda: bool) -> None:
 class BuildLibrary(cpp_extension.BuildExtension):
     """Names the library after torch's release and leaves beside it a note of how it was built.
 
-    Libraries for several releases of torch lie side by side in one source tree, each with its own objects,
-    so that testing against another torch neither breaks nor rebuilds the first.
+    Libraries for several releases of torch lie side by side in one source tree, each with its own
+    objects, so that testing against another torch neither breaks nor rebuilds the first.
     """
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        variant = f"torch{torch.__version__}-{'cuda' if WITH_CUDA else 'cpu'}"
-        self.build_temp = str(Path(self.build_temp) / variant)
+        # Editable installs would compile in a folder that is thrown away.
+        device = "cuda" if WITH_CUDA else "cpu"
+        variant = f"torch{torch.__version__}-{sys.implementation.cache_tag}-{device}"
+        self.build_temp = str(ROOT / "build" / "objects" / variant)
 
     def get_ext_filename(self, ext_name: str) -> str:
         return f"{ext_name.replace('.', os.sep)}.torch{torch_release()}.so"
@@ -164,8 +169,9 @@ def build_info() -> dict[str, str | bool | None]:
 
 WITH_CUDA = decide_cuda()
 if WITH_CUDA:
-    os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
-    print(f"torch_moe_ep: nvcc {nvcc_path()}, architectures {os.environ['TORCH_CUDA_ARCH_LIST']}")
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    print(f"torch_moe_ep: {nvcc_path()}, architectures {architectures}")
 use_ccache(WITH_CUDA)
 EXTENSION = make_extension(WITH_CUDA)
 setup(

@@ -68,13 +68,16 @@ def why_unusable(library: Path) -> str | None:
         if built_cuda is None or torch.version.cuda is not None:
             return None
         return (
-            f"torch_moe_ep was built for CUDA {built_cuda}, found torch {torch.__version__} without CUDA: "
-            f"rebuild with `{command}`"
+            f"torch_moe_ep was built for CUDA {built_cuda}, found torch {torch.__version__} without "
+            f"CUDA: rebuild with `{command}`"
         )
     others = sorted(library.parent.glob("_ops.torch*.so"))
     if others:
         built = ", ".join(build_info(other).torch for other in others)
-        return f"torch_moe_ep was built for torch {built}, found {torch.__version__}: rebuild with `{command}`"
+        return (
+            f"torch_moe_ep was built for torch {built}, found {torch.__version__}: "
+            f"rebuild with `{command}`"
+        )
     return f"torch_moe_ep has no compiled library in {library.parent}: build it with `{command}`"
 
 
@@ -85,8 +88,8 @@ def load(folder: Path | None = None) -> None:
         folder: where it lies, the package's own folder by default.
 
     Raises:
-        ImportError: it is missing, built for another torch or does not load; the message holds the command
-            that rebuilds it.
+        ImportError: it is missing, built for another torch or does not load; the message holds
+            the command that rebuilds it.
     """
     library = library_path(folder)
     reason = why_unusable(library)
@@ -96,8 +99,9 @@ def load(folder: Path | None = None) -> None:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise ImportError(
-            f"torch_moe_ep was built for torch {build_info(library).torch}, found {torch.__version__}, and does "
-            f"not load ({error}): rebuild with `{rebuild_command(library.parent)}`"
+            f"torch_moe_ep was built for torch {build_info(library).torch}, found "
+            f"{torch.__version__}, and does not load ({error}): "
+            f"rebuild with `{rebuild_command(library.parent)}`"
         ) from error
 
 

@@ -1,0 +1,9 @@
+"""Prints the flags with which clang-tidy reads host files: the build's without its warnings."""
+
+from torch.utils import cpp_extension
+
+has_cuda = cpp_extension.CUDA_HOME is not None
+paths = cpp_extension.include_paths("cuda" if has_cuda else "cpu")
+flags = ["-std=c++20", "-fopenmp", "-Icsrc", "-Icsrc/include"]
+flags += [flag for path in paths for flag in ("-isystem", path)]
+print(" ".join(flags))

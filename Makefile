@@ -1,0 +1,121 @@
+# `make help` lists the commands. Every step leaves a stamp, so a repeat does only what changed.
+SHELL := /bin/bash -o pipefail
+.DEFAULT_GOAL := help
+
+PYTHON ?=
+DEFAULT_TORCH := $(shell sed -n 's/^torch==//p' requirements-dev.txt)
+DEFAULT_TRANSFORMERS := $(shell sed -n 's/^transformers==//p' requirements-dev.txt)
+TORCH ?= $(DEFAULT_TORCH)
+TRANSFORMERS ?= $(DEFAULT_TRANSFORMERS)
+PYTEST_ARGS ?=
+PRETRAIN_ARGS ?=
+
+# Other versions than the pinned ones get an environment of their own; lint is judged with the pinned ones.
+IS_DEFAULT := $(and $(filter $(DEFAULT_TORCH),$(TORCH)),$(filter $(DEFAULT_TRANSFORMERS),$(TRANSFORMERS)))
+VENV := $(if $(IS_DEFAULT),.venv,.venv-$(TORCH)-$(TRANSFORMERS))
+PY := $(VENV)/bin/python
+STAMPS := $(VENV)/stamps
+
+HEADERS := $(shell find csrc -name '*.h' -o -name '*.cuh')
+HOST_SOURCES := $(shell find csrc -name '*.cpp')
+CUDA_SOURCES := $(shell find csrc -name '*.cu')
+TIDY_STAMPS := $(HOST_SOURCES:%=$(STAMPS)/tidy/%)
+PYTHON_FOLDERS := setup.py torch_moe_ep tests benchmarks examples .ci
+JOBS ?= $(or $(MAX_JOBS),$(shell nproc))
+
+.PHONY: help
+help:
+	@echo 'make pretrain       train a small Mixtral on real text; results under runs/'
+	@echo 'make test           lint and all tests but the long ones'
+	@echo 'make test-full      lint and all tests, packages, worlds of 8 ranks and soaks among them'
+	@echo 'make lint           ruff, mypy, clang-format, clang-tidy'
+	@echo 'make format         let ruff and clang-format rewrite what lint would refuse'
+	@echo 'make build          compile the operator library (with CUDA where torch and nvcc have it)'
+	@echo 'make setup          the virtual environment alone, in $(VENV)'
+	@echo 'make info           versions, how the library was built, what this machine can use'
+	@echo 'make clean          remove everything that was built and every environment'
+	@echo
+	@echo 'PYTHON=python3.12   the interpreter, 3.10 to 3.13'
+	@echo 'TORCH=2.15.0 TRANSFORMERS=5.23.0   other versions, in an environment of their own'
+	@echo 'TORCH_MOE_EP_CUDA=auto|0|1  TORCH_CUDA_ARCH_LIST="8.0+PTX;9.0a"  MAX_JOBS=2   for the build'
+	@echo 'PYTEST_ARGS="-k route"  PRETRAIN_ARGS=--quick   handed on'
+
+# Set-up
+
+.PHONY: setup venv
+setup venv: $(STAMPS)/requirements
+
+$(STAMPS)/python:
+	@.ci/make-venv "$(VENV)" "$(PYTHON)"
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/requirements: requirements-dev.txt $(STAMPS)/python
+	@echo '== installing torch $(TORCH), transformers $(TRANSFORMERS) and the tools into $(VENV)'
+	@sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^transformers==.*/transformers==$(TRANSFORMERS)/' \
+		requirements-dev.txt > $(VENV)/requirements.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	@touch $@
+
+# The build: ninja recompiles what changed; the log is kept and shown when it fails.
+
+.PHONY: build
+build: $(STAMPS)/build
+
+$(STAMPS)/build: $(STAMPS)/requirements setup.py pyproject.toml $(HEADERS) $(HOST_SOURCES) $(CUDA_SOURCES)
+	@echo '== compiling the operator library (minutes at the first time; log in $(VENV)/build.log)'
+	@command -v g++ > /dev/null || { echo 'g++ is missing: apt install g++' >&2; exit 1; }
+	@$(PY) -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps --editable . \
+		> $(VENV)/build.log 2>&1 || { grep -E -A12 'error|Error' $(VENV)/build.log | cut -c1-400 | tail -60; exit 1; }
+	@grep -o 'torch_moe_ep: .*' $(VENV)/build.log | sort -u
+	@touch $@
+
+# Lint
+
+.PHONY: lint format
+lint: $(STAMPS)/requirements
+	@echo '== ruff'
+	@$(VENV)/bin/ruff check --quiet $(PYTHON_FOLDERS)
+	@$(VENV)/bin/ruff format --quiet --check $(PYTHON_FOLDERS)
+	@echo '== mypy'
+	@$(VENV)/bin/mypy
+	@echo '== clang-format'
+	@$(VENV)/bin/clang-format --dry-run -Werror $(HEADERS) $(HOST_SOURCES) $(CUDA_SOURCES)
+	@echo '== clang-tidy on the host files that changed'
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync $(TIDY_STAMPS)
+
+format: $(STAMPS)/requirements
+	@$(VENV)/bin/ruff check --quiet --fix-only $(PYTHON_FOLDERS)
+	@$(VENV)/bin/ruff format --quiet $(PYTHON_FOLDERS)
+	@$(VENV)/bin/clang-format -i $(HEADERS) $(HOST_SOURCES) $(CUDA_SOURCES)
+
+# The compiler's flags: headers of torch and CUDA are system headers here as in the build.
+$(STAMPS)/tidy-flags: $(STAMPS)/requirements
+	@$(PY) .ci/tidy_flags.py > $@
+
+$(TIDY_STAMPS): $(STAMPS)/tidy/%: % $(HEADERS) .clang-tidy $(STAMPS)/tidy-flags
+	@.ci/tidy $(VENV)/bin/clang-tidy $(STAMPS)/tidy-flags $<
+	@mkdir -p $(@D) && touch $@
+
+# Tests
+
+.PHONY: test test-full
+test: $(if $(IS_DEFAULT),lint) $(STAMPS)/build
+	@echo '== tests'
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-full: $(if $(IS_DEFAULT),lint) $(STAMPS)/build
+	@echo '== all tests'
+	@$(PY) -m pytest -m 'full or not full' $(PYTEST_ARGS)
+
+# Use
+
+.PHONY: pretrain info
+pretrain: $(STAMPS)/build
+	@$(PY) -m examples.pretrain $(PRETRAIN_ARGS)
+
+info: $(STAMPS)/build
+	@$(PY) -m torch_moe_ep.info
+
+.PHONY: clean
+clean:
+	rm -rf build dist .venv .venv-* *.egg-info torch_moe_ep/_ops.* .mypy_cache .ruff_cache .pytest_cache
