@@ -39,7 +39,9 @@ def message_of_mesh(*degrees: int) -> str:
         ((2, -1), "hybrid_shard_degree must be 0"),
     ],
 )
-def test_init_device_mesh_with_degrees_that_do_not_fit_says_so_on_every_rank(ranks, degrees, message):
+def test_init_device_mesh_with_degrees_that_do_not_fit_says_so_on_every_rank(
+    ranks, degrees, message
+):
     assert all(message in said for said in ranks(4).run(message_of_mesh, *degrees))
 
 

@@ -85,7 +85,9 @@ def configure_quantised(model: nn.Module) -> None:
 
 
 def parametrise(model: nn.Module) -> None:
-    nn.utils.parametrize.register_parametrization(experts_of(model), "down_proj", nn.Identity(), unsafe=True)
+    nn.utils.parametrize.register_parametrization(
+        experts_of(model), "down_proj", nn.Identity(), unsafe=True
+    )
 
 
 def adapt(model: nn.Module) -> None:

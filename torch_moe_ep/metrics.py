@@ -46,7 +46,9 @@ def expert_load(model: nn.Module, *, reset: bool = False) -> ExpertLoad:
     """
     counters = _counters(model)
     if not counters:
-        raise ValueError("the model has no expert-parallel experts; call torch_moe_ep.apply_expert_parallel.")
+        raise ValueError(
+            "the model has no expert-parallel experts; call torch_moe_ep.apply_expert_parallel."
+        )
     flat = torch.cat([counter.reshape(-1) for counter in counters.values()])
     if dist.is_initialized():
         dist.all_reduce(flat)
@@ -65,7 +67,9 @@ def reset_expert_load(model: nn.Module) -> None:
 
 def _counters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
-        name: experts.tokens_per_expert for state in states_of(model) for name, experts in state.experts.items()
+        name: experts.tokens_per_expert
+        for state in states_of(model)
+        for name, experts in state.experts.items()
     }
 
 

@@ -33,7 +33,8 @@ def export_hf(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     inner: Any = _inner_model(model)
     if not hasattr(inner, "save_pretrained"):
         raise ValueError(
-            f"export_hf needs a transformers model, got {type(inner).__name__}; save its state dict instead."
+            f"export_hf needs a transformers model, got {type(inner).__name__}; save "
+            f"its state dict instead."
         )
     # With CPU offload FSDP1 hands out freed storage for weights that are on the CPU already.
     is_offloaded = any(param.device.type != "cpu" for param in model.parameters())

@@ -52,7 +52,7 @@ def on_rank0(work: Callable[[], None]) -> None:
     if dist.get_rank() == 0:
         try:
             work()
-        except Exception as error:  # noqa: BLE001 (handed to all ranks and raised there)
+        except Exception as error:  # of any kind: raised on every rank below
             failure = error
     note = [None if failure is None else f"{type(failure).__name__}: {failure}"]
     dist.broadcast_object_list(note, src=0)

@@ -69,7 +69,9 @@ def _open_folder(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _close_folder(folder: Path, step: int, scheduler: LRScheduler | None, num_kept: int | None) -> None:
+def _close_folder(
+    folder: Path, step: int, scheduler: LRScheduler | None, num_kept: int | None
+) -> None:
     if scheduler is not None:
         torch.save(scheduler.state_dict(), folder / SCHEDULER)
     write_marker(folder, step)

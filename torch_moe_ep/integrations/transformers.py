@@ -50,7 +50,10 @@ def native_expert_parallel(model: nn.Module) -> str | None:
     if isinstance(config, dict):
         is_on = config.get("enable_expert_parallel") or (config.get("ep_size") or 1) > 1
     else:
-        is_on = getattr(config, "enable_expert_parallel", False) or (getattr(config, "ep_size", None) or 1) > 1
+        is_on = (
+            getattr(config, "enable_expert_parallel", False)
+            or (getattr(config, "ep_size", None) or 1) > 1
+        )
     if is_on:
         return "config.distributed_config asks for it"
     for name, module in model.named_modules():
@@ -157,7 +160,7 @@ def _gate_misfit(module: nn.Module) -> str | None:
     try:
         with torch.no_grad():
             is_silu = torch.allclose(activation(probe), nn.functional.silu(probe), rtol=1e-5)
-    except Exception as error:  # noqa: BLE001 (a foreign activation may raise anything)
+    except Exception as error:  # a foreign activation may raise anything
         return f"its activation {type(activation).__name__} cannot be evaluated ({error})"
     if not is_silu:
         name = getattr(activation, "__name__", type(activation).__name__)

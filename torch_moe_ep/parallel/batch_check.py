@@ -15,7 +15,9 @@ from torch_moe_ep.parallel.state import ExpertParallelState
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def warn_of_equal_batches(state: ExpertParallelState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def warn_of_equal_batches(
+    state: ExpertParallelState, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Compare the first tensor of each rank's forward arguments over the EP group; warn if equal.
 
     Collective over the EP group (one all-gather of a number); copies the batch to the host once.

@@ -95,7 +95,10 @@ def _argument_misfit(request: Request) -> str | None:
 
 def _offload_misfit(policy: object, mesh: DeviceMesh) -> str | None:
     if policy is not None and not isinstance(policy, OffloadPolicy):
-        return f"offload_policy must be None or an OffloadPolicy of torch.distributed.fsdp, got {policy!r}."
+        return (
+            f"offload_policy must be None or an OffloadPolicy of torch.distributed.fsdp, got "
+            f"{policy!r}."
+        )
     if isinstance(policy, CPUOffloadPolicy) and mesh.device_type == "cpu":
         return (
             "offload_policy=CPUOffloadPolicy() moves experts from an accelerator to the CPU, but "
@@ -145,7 +148,9 @@ def _managed_misfit(model: nn.Module) -> str | None:
     return None
 
 
-def _experts_misfit(request: Request, experts: dict[str, nn.Module], misfits: list[str]) -> str | None:
+def _experts_misfit(
+    request: Request, experts: dict[str, nn.Module], misfits: list[str]
+) -> str | None:
     if misfits:
         return (
             f"{misfits[0]}{f' (and {len(misfits) - 1} more)' if len(misfits) > 1 else ''}; only "
@@ -191,7 +196,9 @@ def _uniform_misfit(_request: Request, experts: dict[str, nn.Module]) -> str | N
         return f"expert weights must be on one device, got {sorted(devices)}; move them (model.to)."
     for name, module in experts.items():
         if len({param.requires_grad for param in _weights(module)}) > 1:
-            return f"{name} is partly frozen; set requires_grad of gate_up_proj and down_proj alike."
+            return (
+                f"{name} is partly frozen; set requires_grad of gate_up_proj and down_proj alike."
+            )
     return None
 
 
@@ -233,7 +240,9 @@ def _signature(experts: dict[str, nn.Module]) -> tuple[tuple[Any, ...], bool]:
     return rows, is_meta
 
 
-def _agree(reason: str | None, signature: tuple[tuple[Any, ...], bool], sync_from_rank0: bool) -> None:
+def _agree(
+    reason: str | None, signature: tuple[tuple[Any, ...], bool], sync_from_rank0: bool
+) -> None:
     notes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(notes, (reason, signature))
     for rank, (other_reason, _) in enumerate(notes):

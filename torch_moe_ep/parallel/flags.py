@@ -17,7 +17,9 @@ def local_flag(states: list[ExpertParallelState], device: torch.device) -> torch
     Local, no host sync.
     """
     flags = [
-        experts.invalid_flag.reshape(1).to(device) for state in states for experts in state.experts.values()
+        experts.invalid_flag.reshape(1).to(device)
+        for state in states
+        for experts in state.experts.values()
     ]
     if not flags:
         return torch.zeros((), dtype=torch.float64, device=device)

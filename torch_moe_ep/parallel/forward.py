@@ -102,9 +102,7 @@ def _start(state: ExpertParallelState) -> None:
 
 
 # The guard and the wrapping run once and are nothing for torch.compile to trace.
-_start_eagerly: Callable[[ExpertParallelState], None] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _start
-)
+_start_eagerly: Callable[[ExpertParallelState], None] = torch.compiler.disable(_start)
 
 
 def _make_root(state: ExpertParallelState) -> nn.Module:

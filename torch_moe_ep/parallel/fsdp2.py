@@ -121,7 +121,9 @@ def inherited_dtypes(experts: nn.Module) -> tuple[torch.dtype | None, torch.dtyp
         return policy.param_dtype, policy.reduce_dtype
     state: ExpertParallelState = experts.__dict__["expert_parallel_state"]
     around = [
-        wrapper for wrapper in state.fsdp1_modules() if any(module is experts for module in wrapper.modules())
+        wrapper
+        for wrapper in state.fsdp1_modules()
+        if any(module is experts for module in wrapper.modules())
     ]
     if not around:
         return None, None

@@ -85,7 +85,9 @@ def _resolve(
     return list(unique.values()), states, modules
 
 
-def _gradients(params: list[torch.Tensor], wrappers: list[FullyShardedDataParallel]) -> list[_Gradient]:
+def _gradients(
+    params: list[torch.Tensor], wrappers: list[FullyShardedDataParallel]
+) -> list[_Gradient]:
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     flat_counted = _fsdp1_counted(wrappers, is_first)
     grads: list[_Gradient] = []

@@ -49,7 +49,9 @@ def _home(experts: nn.Module, state: ExpertParallelState) -> torch.device:
     return torch.device("cpu") if is_offloaded else state.device
 
 
-def _draw(param: DTensor, state: ExpertParallelState, key: tuple[int, str, str], std: float) -> None:
+def _draw(
+    param: DTensor, state: ExpertParallelState, key: tuple[int, str, str], std: float
+) -> None:
     """Fill this rank's part of one weight ``[E, a, b]``."""
     num_experts, *shape = param.shape
     num_local = num_experts // state.mesh["ep"].size()

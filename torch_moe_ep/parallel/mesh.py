@@ -12,7 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh as _torch_init_device
 MESH_DIMS = ("replicate", "shard", "ep")
 
 
-def init_device_mesh(device_type: str, expert_parallel_degree: int, hybrid_shard_degree: int = 0) -> DeviceMesh:
+def init_device_mesh(
+    device_type: str, expert_parallel_degree: int, hybrid_shard_degree: int = 0
+) -> DeviceMesh:
     """Make the mesh that `apply_expert_parallel` wants, over all ranks.
 
     Args:
@@ -32,10 +34,13 @@ def init_device_mesh(device_type: str, expert_parallel_degree: int, hybrid_shard
     """
     world_size = _world_size()
     if expert_parallel_degree < 1:
-        raise ValueError(f"expert_parallel_degree must be at least 1, got {expert_parallel_degree}.")
+        raise ValueError(
+            f"expert_parallel_degree must be at least 1, got {expert_parallel_degree}."
+        )
     if hybrid_shard_degree < 0:
         raise ValueError(
-            f"hybrid_shard_degree must be 0 (shard over W / P ranks) or positive, got {hybrid_shard_degree}."
+            f"hybrid_shard_degree must be 0 (shard over W / P ranks) or positive, got "
+            f"{hybrid_shard_degree}."
         )
     group_size = expert_parallel_degree * max(1, hybrid_shard_degree)
     if world_size % group_size != 0:
@@ -46,7 +51,9 @@ def init_device_mesh(device_type: str, expert_parallel_degree: int, hybrid_shard
         )
     shard_degree = hybrid_shard_degree or world_size // expert_parallel_degree
     shape = (world_size // (expert_parallel_degree * shard_degree), shard_degree)
-    return _torch_init_device_mesh(device_type, (*shape, expert_parallel_degree), mesh_dim_names=MESH_DIMS)
+    return _torch_init_device_mesh(
+        device_type, (*shape, expert_parallel_degree), mesh_dim_names=MESH_DIMS
+    )
 
 
 def dense_mesh(mesh: DeviceMesh, shard_degree: int) -> DeviceMesh:
@@ -84,7 +91,10 @@ def dense_mesh(mesh: DeviceMesh, shard_degree: int) -> DeviceMesh:
 def mesh_misfit(mesh: object) -> str | None:
     """Say what is wrong with a mesh argument, or None. Not collective."""
     if not isinstance(mesh, DeviceMesh):
-        return f"mesh must be a DeviceMesh of torch_moe_ep.init_device_mesh, got {type(mesh).__name__}."
+        return (
+            f"mesh must be a DeviceMesh of torch_moe_ep.init_device_mesh, got "
+            f"{type(mesh).__name__}."
+        )
     if mesh.mesh_dim_names != MESH_DIMS:
         return (
             f"mesh must have the dimensions {MESH_DIMS}, got {mesh.mesh_dim_names}; make it with "

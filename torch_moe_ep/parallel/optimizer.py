@@ -96,7 +96,10 @@ def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 def _stepped_states(optimizer: Optimizer) -> list[ExpertParallelState]:
     """States of the patched models whose experts this optimizer steps; the same on all ranks."""
     stepped = {
-        id(param) for group in optimizer.param_groups for param in group["params"] if isinstance(param, DTensor)
+        id(param)
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if isinstance(param, DTensor)
     }
     if not stepped:
         return []

@@ -20,11 +20,13 @@ from torch_moe_ep.parallel.swap import WEIGHT_NAMES, local_slice
 
 def register_state_dict_hooks(experts: ExpertParallelExperts) -> None:
     """Register the save and load hooks on one experts module."""
-    experts.register_state_dict_post_hook(_gather_for_fsdp1)  # type: ignore[no-untyped-call]
-    experts.register_load_state_dict_pre_hook(_slice_plain)  # type: ignore[no-untyped-call]
+    experts.register_state_dict_post_hook(_gather_for_fsdp1)
+    experts.register_load_state_dict_pre_hook(_slice_plain)
 
 
-def _gather_for_fsdp1(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: object) -> None:
+def _gather_for_fsdp1(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: object
+) -> None:
     """Replace DTensor shards by full tensors under FSDP1's FULL_STATE_DICT; collective there."""
     wrapper = _full_state_wrapper(module)
     if wrapper is None:
@@ -57,7 +59,9 @@ def _full_state_wrapper(module: nn.Module) -> FullyShardedDataParallel | None:
     return None
 
 
-def _slice_plain(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_unused: object) -> None:
+def _slice_plain(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_unused: object
+) -> None:
     """Replace full plain tensors by this rank's slice, as a DTensor like the parameter. Local."""
     if isinstance(module, FSDPModule):
         module.reshard()

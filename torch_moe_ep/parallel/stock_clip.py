@@ -45,7 +45,9 @@ class _MixedHandler:
 
     is_torch_moe_ep = True
 
-    def __init__(self, table: dict[Any, Any], operator: Any, handler: Handler, previous: Any) -> None:
+    def __init__(
+        self, table: dict[Any, Any], operator: Any, handler: Handler, previous: Any
+    ) -> None:
         self._table = table
         self._operator = operator
         self._handler = handler
@@ -81,7 +83,9 @@ def _stack_norms(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if any(tensor.dim() != 0 for tensor in tensors):
         return NotImplemented
     is_on_ep = any(
-        "ep" in (tensor.device_mesh.mesh_dim_names or ()) for tensor in tensors if isinstance(tensor, DTensor)
+        "ep" in (tensor.device_mesh.mesh_dim_names or ())
+        for tensor in tensors
+        if isinstance(tensor, DTensor)
     )
     if not is_on_ep:
         return NotImplemented

@@ -101,7 +101,9 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
     return param
 
 
-def _shard_weight(param: nn.Parameter, state: ExpertParallelState, sync_from_rank0: bool) -> nn.Parameter:
+def _shard_weight(
+    param: nn.Parameter, state: ExpertParallelState, sync_from_rank0: bool
+) -> nn.Parameter:
     full = _from_rank0(param, state.device) if sync_from_rank0 else param.detach()
     mesh = state.mesh["ep"]
     local = full.chunk(mesh.size(), dim=0)[mesh.get_local_rank()]
