@@ -69,20 +69,25 @@ def apply_expert_parallel(
         sync_from_rank0=sync_from_rank0,
         reshard_after_forward=reshard_after_forward,
     )
-    found = check_request(request)
-    state = ExpertParallelState(model=model, mesh=mesh, experts={})
+    _patch(request, check_request(request))
+    return model
+
+
+def _patch(request: Request, found: dict[str, nn.Module]) -> None:
+    """Swap and shard the experts found, then hook into what runs the model."""
+    state = ExpertParallelState(model=request.model, mesh=request.mesh, experts={})
     for name, module in found.items():
-        swap_experts(module, state, request.config, sync_from_rank0)
+        swap_experts(module, state, request.config, request.sync_from_rank0)
         assert isinstance(module, ExpertParallelExperts)
         state.experts[name] = module
     track(state)
     for experts in state.experts.values():
         shard_experts(
             experts,
-            mesh,
-            mp_policy=mp_policy,
-            offload_policy=offload_policy,
-            reshard_after_forward=reshard_after_forward,
+            request.mesh,
+            mp_policy=request.mp_policy,
+            offload_policy=request.offload_policy,
+            reshard_after_forward=request.reshard_after_forward,
         )
         mark_experts(experts)
         register_state_dict_hooks(experts)
@@ -90,4 +95,3 @@ def apply_expert_parallel(
     wrap_forward(state)
     register_step_hooks()
     register_stock_clip_handlers()
-    return model

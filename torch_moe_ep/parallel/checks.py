@@ -41,7 +41,7 @@ class Request:
     mp_policy: object
     offload_policy: object
     sync_from_rank0: bool
-    reshard_after_forward: object
+    reshard_after_forward: bool
 
 
 def check_request(request: Request) -> dict[str, nn.Module]:

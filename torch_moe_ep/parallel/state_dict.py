@@ -13,12 +13,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, StateDictType
 from torch.distributed.tensor import DTensor
 
-from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.parallel.state import ExpertParallelState
 from torch_moe_ep.parallel.swap import WEIGHT_NAMES, local_slice
 
 
-def register_state_dict_hooks(experts: ExpertParallelExperts) -> None:
+def register_state_dict_hooks(experts: nn.Module) -> None:
     """Register the save and load hooks on one experts module."""
     experts.register_state_dict_post_hook(_gather_for_fsdp1)
     experts.register_load_state_dict_pre_hook(_slice_plain)
