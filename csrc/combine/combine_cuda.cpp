@@ -1,0 +1,87 @@
+#include <ATen/Functions.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "combine/combine_kernels.h"
+#include "comm/collective.h"
+#include "common/element_type_of.h"
+#include "common/exchange_sizes.h"
+
+namespace torch_moe_ep {
+namespace {
+
+struct Gathered {
+  at::Tensor out;      // [num_outputs, H]
+  at::Tensor weights;  // [num_outputs, copies_per_output] fp32; empty [0] without row weights
+};
+
+// Sums `copies_per_output` rows an output; see GatheredRows.
+Gathered gather_rows(const at::Tensor& rows,
+                     const std::optional<at::Tensor>& row_weights,
+                     const at::Tensor& slot_of_copy,
+                     int64_t copies_per_output) {
+  const int64_t num_outputs = slot_of_copy.numel() / copies_per_output;
+  Gathered gathered = {at::empty({num_outputs, rows.size(1)}, rows.options()),
+                       at::empty({0}, rows.options().dtype(at::kFloat))};
+  GatheredRows params = {};
+  params.rows = rows.const_data_ptr();
+  params.out = gathered.out.mutable_data_ptr();
+  if (row_weights.has_value()) {
+    gathered.weights =
+        at::empty({num_outputs, copies_per_output}, rows.options().dtype(at::kFloat));
+    params.row_weights = row_weights->const_data_ptr<float>();
+    params.weights = gathered.weights.mutable_data_ptr<float>();
+  }
+  params.slot_of_copy = slot_of_copy.const_data_ptr<int64_t>();
+  params.num_outputs = num_outputs;
+  params.copies_per_output = static_cast<int>(copies_per_output);
+  params.row_elements = rows.size(1);
+  params.element_type = element_type_of(rows);
+  C10_CUDA_CHECK(launch_gather_rows(params, at::cuda::getCurrentCUDAStream()));
+  return gathered;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> combine_cuda(const at::Tensor& rows,
+                                                const std::optional<at::Tensor>& row_weights,
+                                                const at::Tensor& slot_of_copy,
+                                                const at::Tensor& slot_of_received,
+                                                const at::Tensor& /*expert_offsets*/,
+                                                const at::Tensor& /*counts*/,
+                                                const at::Tensor& host_counts,
+                                                int64_t top_k,
+                                                int64_t row_alignment,
+                                                const std::string& group_name) {
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const at::Tensor dense_rows = rows.contiguous();
+  const auto dense_weights =
+      row_weights ? std::optional<at::Tensor>(row_weights->contiguous()) : std::nullopt;
+  if (group_name.empty()) {
+    Gathered gathered = gather_rows(dense_rows, dense_weights, slot_of_copy, top_k);
+    return {gathered.out, gathered.weights};
+  }
+  const ExchangeSizes sizes =
+      exchange_sizes(host_counts, comm::group_rank(group_name), row_alignment);
+  const auto exchange = [&](const at::Tensor& tensor) {
+    return comm::all_to_all_rows(tensor, sizes.received_rows, sizes.send_rows, group_name);
+  };
+  // Rows go back in the order in which they came, then to the slots that plan gave the copies.
+  const Gathered returned = gather_rows(dense_rows, dense_weights, slot_of_received, 1);
+  const at::Tensor rows_of_copies = exchange(returned.out);
+  const auto weights_of_copies =
+      row_weights ? std::optional<at::Tensor>(exchange(returned.weights.reshape({-1})))
+                  : std::nullopt;
+  Gathered gathered = gather_rows(rows_of_copies, weights_of_copies, slot_of_copy, top_k);
+  return {gathered.out, gathered.weights};
+}
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) { m.impl("combine", &combine_cuda); }
+
+}  // namespace torch_moe_ep

@@ -1,0 +1,239 @@
+#include <ATen/Functions.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "comm/collective.h"
+#include "common/exchange_sizes.h"
+#include "dispatch/dispatch_kernels.h"
+
+namespace torch_moe_ep {
+namespace {
+
+// The hand-written expert GEMMs read tiles of this many rows.
+constexpr int64_t kGemmRowAlignment = 128;
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Rows that hold any P = 1 routing of num_copies: each expert's segment may end in
+// row_alignment - 1 padding rows.
+int64_t slot_bound(int64_t num_copies, int64_t num_experts, int64_t row_alignment) {
+  return (num_copies + num_experts * (row_alignment - 1)) / row_alignment * row_alignment;
+}
+
+void check_max_rows(int64_t num_slots, int64_t max_rows) {
+  TORCH_CHECK_VALUE(max_rows <= 0 || num_slots <= max_rows,
+                    "max_rows is ",
+                    max_rows,
+                    ", but ",
+                    num_slots,
+                    " rows are needed");
+}
+
+struct Places {
+  at::Tensor slot_of_copy;
+  at::Tensor segment_offsets;
+  at::Tensor counts;
+};
+
+Places place_copies(const at::Tensor& expert_ids,
+                    int64_t num_experts,
+                    int64_t row_alignment,
+                    const at::Tensor& invalid_flag) {
+  const int64_t num_copies = expert_ids.numel();
+  const at::Tensor ids = expert_ids.contiguous();
+  const auto options = ids.options();
+  Places places = {at::empty({num_copies}, options),
+                   at::empty({num_experts + 1}, options),
+                   at::empty({num_experts}, options)};
+  const at::Tensor block_counts =
+      at::empty({num_place_blocks(num_copies), num_experts}, options.dtype(at::kInt));
+
+  CopyPlaces params = {};
+  params.expert_ids = ids.const_data_ptr<int64_t>();
+  params.num_copies = num_copies;
+  params.num_experts = static_cast<int>(num_experts);
+  params.row_alignment = static_cast<int>(row_alignment);
+  params.block_counts = block_counts.mutable_data_ptr<int32_t>();
+  params.slot_of_copy = places.slot_of_copy.mutable_data_ptr<int64_t>();
+  params.segment_offsets = places.segment_offsets.mutable_data_ptr<int64_t>();
+  params.counts = places.counts.mutable_data_ptr<int64_t>();
+  params.invalid_flag = invalid_flag.mutable_data_ptr<int32_t>();
+  C10_CUDA_CHECK(launch_place_copies(params, at::cuda::getCurrentCUDAStream()));
+  return places;
+}
+
+void place_received(const at::Tensor& counts,
+                    int64_t rank,
+                    int64_t row_alignment,
+                    const at::Tensor& slot_of_received,
+                    const at::Tensor& expert_offsets) {
+  ReceivedPlaces params = {};
+  params.counts = counts.const_data_ptr<int64_t>();
+  params.num_ranks = static_cast<int>(counts.size(0));
+  params.num_experts = static_cast<int>(counts.size(1));
+  params.rank = static_cast<int>(rank);
+  params.row_alignment = static_cast<int>(row_alignment);
+  params.slot_of_received = slot_of_received.mutable_data_ptr<int64_t>();
+  params.expert_offsets = expert_offsets.mutable_data_ptr<int64_t>();
+  C10_CUDA_CHECK(launch_place_received(params, at::cuda::getCurrentCUDAStream()));
+}
+
+// Rows to copy, and with them the weights of copies where there are any.
+struct Packed {
+  at::Tensor rows;         // [num_slots, H]
+  at::Tensor row_weights;  // [num_slots] fp32, or empty
+};
+
+struct Source {
+  at::Tensor rows;     // [num_sources, H]
+  at::Tensor weights;  // [num_sources * copies_per_source] fp32, or undefined
+  at::Tensor slot_of_copy;
+  int64_t copies_per_source;
+};
+
+// Where padding is written; without it (send buffer) every row has a copy.
+struct Padding {
+  at::Tensor expert_offsets;
+  at::Tensor counts;  // [P, E]
+  int64_t rank;
+  int64_t row_alignment;
+};
+
+Packed pack_rows(const Source& source, int64_t num_slots, const Padding* padding) {
+  const auto weight_options = source.rows.options().dtype(at::kFloat);
+  const bool has_weights = source.weights.defined();
+  Packed packed = {at::empty({num_slots, source.rows.size(1)}, source.rows.options()),
+                   at::empty({has_weights ? num_slots : 0}, weight_options)};
+  PackedRows params = {};
+  params.source = source.rows.const_data_ptr();
+  params.rows = packed.rows.mutable_data_ptr();
+  if (has_weights) {
+    params.weights = source.weights.const_data_ptr<float>();
+    params.row_weights = packed.row_weights.mutable_data_ptr<float>();
+  }
+  params.slot_of_copy = source.slot_of_copy.const_data_ptr<int64_t>();
+  params.num_sources = source.rows.size(0);
+  params.copies_per_source = static_cast<int>(source.copies_per_source);
+  params.row_bytes = source.rows.size(1) * source.rows.element_size();
+  if (padding != nullptr) {
+    const int64_t num_local = padding->expert_offsets.numel() - 1;
+    params.expert_offsets = padding->expert_offsets.const_data_ptr<int64_t>();
+    params.counts = padding->counts.const_data_ptr<int64_t>();
+    params.num_ranks = static_cast<int>(padding->counts.size(0));
+    params.num_experts = static_cast<int>(padding->counts.size(1));
+    params.num_local_experts = static_cast<int>(num_local);
+    params.first_expert = static_cast<int>(padding->rank * num_local);
+    params.row_alignment = static_cast<int>(padding->row_alignment);
+  }
+  C10_CUDA_CHECK(launch_pack_rows(params, at::cuda::getCurrentCUDAStream()));
+  return packed;
+}
+
+void check_plan_on_cuda(int64_t num_experts, int64_t row_alignment) {
+  TORCH_CHECK_VALUE(num_experts <= kMaxExperts,
+                    "num_experts must be at most ",
+                    kMaxExperts,
+                    " on CUDA, got ",
+                    num_experts);
+  TORCH_CHECK_VALUE(row_alignment > 0 && row_alignment % kGemmRowAlignment == 0,
+                    "row_alignment must be a multiple of ",
+                    kGemmRowAlignment,
+                    " on CUDA, where the expert GEMMs read whole tiles, got ",
+                    row_alignment);
+}
+
+void check_top_k_on_cuda(int64_t top_k) {
+  TORCH_CHECK_VALUE(top_k <= kMaxTopK, "top_k must be at most ", kMaxTopK, " on CUDA, got ", top_k);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cuda(
+    const at::Tensor& expert_ids,
+    int64_t num_experts,
+    int64_t row_alignment,
+    int64_t max_rows,
+    const std::string& group_name,
+    const at::Tensor& invalid_flag) {
+  check_plan_on_cuda(num_experts, row_alignment);
+  const c10::cuda::CUDAGuard guard(expert_ids.device());
+  const auto host_options = at::TensorOptions().dtype(at::kLong);
+  if (group_name.empty()) {
+    const int64_t num_slots = slot_bound(expert_ids.numel(), num_experts, row_alignment);
+    check_max_rows(num_slots, max_rows);
+    Places places = place_copies(expert_ids, num_experts, row_alignment, invalid_flag);
+    return {places.slot_of_copy,
+            at::empty({0}, expert_ids.options()),
+            places.segment_offsets,
+            places.counts.unsqueeze(0),
+            at::empty({0, num_experts}, host_options)};
+  }
+  const int64_t num_ranks = comm::group_size(group_name);
+  const int64_t rank = comm::group_rank(group_name);
+  TORCH_CHECK_VALUE(num_experts % num_ranks == 0,
+                    "num_experts must be a multiple of the group's ",
+                    num_ranks,
+                    " ranks, got ",
+                    num_experts);
+  // Send order is expert order without padding.
+  const Places places = place_copies(expert_ids, num_experts, 1, invalid_flag);
+  const at::Tensor counts = comm::all_gather_counts(places.counts, group_name);
+  // The one host wait of a layer's forward.
+  const at::Tensor host_counts = comm::to_host(counts);
+  const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);
+  check_max_rows(sizes.largest_num_slots, max_rows);
+  const at::Tensor slot_of_received = at::empty({sizes.num_received}, counts.options());
+  const at::Tensor expert_offsets = at::empty({num_experts / num_ranks + 1}, counts.options());
+  place_received(counts, rank, row_alignment, slot_of_received, expert_offsets);
+  return {places.slot_of_copy, slot_of_received, expert_offsets, counts, host_counts};
+}
+
+std::tuple<at::Tensor, at::Tensor> dispatch_cuda(const at::Tensor& x,
+                                                 const std::optional<at::Tensor>& weights,
+                                                 const at::Tensor& slot_of_copy,
+                                                 const at::Tensor& slot_of_received,
+                                                 const at::Tensor& expert_offsets,
+                                                 const at::Tensor& counts,
+                                                 const at::Tensor& host_counts,
+                                                 int64_t top_k,
+                                                 int64_t row_alignment,
+                                                 const std::string& group_name) {
+  check_top_k_on_cuda(top_k);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Source tokens = {
+      x.contiguous(), weights ? weights->contiguous() : at::Tensor(), slot_of_copy, top_k};
+  if (group_name.empty()) {
+    const Padding padding = {expert_offsets, counts, 0, row_alignment};
+    const int64_t num_slots =
+        slot_bound(slot_of_copy.numel(), expert_offsets.numel() - 1, row_alignment);
+    Packed packed = pack_rows(tokens, num_slots, &padding);
+    return {packed.rows, packed.row_weights};
+  }
+  const int64_t rank = comm::group_rank(group_name);
+  const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);
+  const Packed sent = pack_rows(tokens, sizes.num_sent, nullptr);
+  const auto exchange = [&](const at::Tensor& rows) {
+    return comm::all_to_all_rows(rows, sizes.send_rows, sizes.received_rows, group_name);
+  };
+  const at::Tensor received = exchange(sent.rows);
+  const Source arrived = {
+      received, weights ? exchange(sent.row_weights) : at::Tensor(), slot_of_received, 1};
+  const Padding padding = {expert_offsets, counts, rank, row_alignment};
+  Packed packed = pack_rows(arrived, sizes.num_slots, &padding);
+  return {packed.rows, packed.row_weights};
+}
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) {
+  m.impl("plan", &plan_cuda);
+  m.impl("dispatch", &dispatch_cuda);
+}
+
+}  // namespace torch_moe_ep

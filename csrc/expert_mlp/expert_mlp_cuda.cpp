@@ -1,0 +1,186 @@
+#include <ATen/Functions.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "common/element_type_of.h"
+#include "expert_mlp/expert_gemms.h"
+#include "expert_mlp/swiglu_kernels.h"
+
+namespace torch_moe_ep {
+namespace {
+
+// One run of consecutive slots with the expert segments cut to it.
+struct Pass {
+  int64_t first;
+  int64_t count;
+  at::Tensor expert_offsets;  // relative to `first`
+  at::Tensor host_offsets;    // likewise, or empty
+};
+
+at::Tensor cut(const at::Tensor& offsets, int64_t first, int64_t count) {
+  return offsets.sub(first).clamp_(0, count);
+}
+
+// slots_per_pass 0 means one pass. Cuts fall on multiples of kRowAlignment, as the GEMMs need; the
+// offsets are cut on the device, so that passes cost no host sync.
+std::vector<Pass> passes_of(int64_t num_slots,
+                            int64_t slots_per_pass,
+                            const at::Tensor& expert_offsets,
+                            const at::Tensor& host_offsets) {
+  if (slots_per_pass <= 0 || slots_per_pass >= num_slots) {
+    return {{0, num_slots, expert_offsets, host_offsets}};
+  }
+  const int64_t step = (slots_per_pass + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+  std::vector<Pass> passes;
+  for (int64_t first = 0; first < num_slots; first += step) {
+    const int64_t count = std::min(step, num_slots - first);
+    passes.push_back({first,
+                      count,
+                      cut(expert_offsets, first, count),
+                      host_offsets.numel() > 0 ? cut(host_offsets, first, count) : host_offsets});
+  }
+  return passes;
+}
+
+struct SwigluGradients {
+  at::Tensor activation;  // [R, I] times row weight
+  at::Tensor grad_z;      // [R, 2I]
+};
+
+// Writes grad_row_weights [R] of the owned rows.
+SwigluGradients swiglu_backward(const at::Tensor& grad_activation,
+                                const at::Tensor& z,
+                                const at::Tensor& row_weights,
+                                const at::Tensor& expert_offsets,
+                                const at::Tensor& grad_row_weights) {
+  SwigluGradients gradients = {at::empty_like(grad_activation), at::empty_like(z)};
+  SwigluBackwardParams params = {};
+  params.forward.rows = z.size(0);
+  params.forward.width = grad_activation.size(1);
+  params.forward.num_rows = expert_offsets.const_data_ptr<int64_t>() + expert_offsets.numel() - 1;
+  params.forward.z = z.const_data_ptr();
+  params.forward.row_weights = row_weights.const_data_ptr<float>();
+  params.forward.activation = gradients.activation.mutable_data_ptr();
+  params.forward.element_type = element_type_of(z);
+  params.grad_activation = grad_activation.const_data_ptr();
+  params.grad_z = gradients.grad_z.mutable_data_ptr();
+  params.grad_row_weights = grad_row_weights.mutable_data_ptr<float>();
+  C10_CUDA_CHECK(launch_swiglu_backward(params, at::cuda::getCurrentCUDAStream()));
+  return gradients;
+}
+
+// Adds up a weight gradient over passes: one pass keeps its tensor, several are summed in fp32 and
+// rounded once.
+class WeightGradient {
+ public:
+  void add(at::Tensor part) {
+    if (!sum_.defined()) {
+      sum_ = std::move(part);
+      return;
+    }
+    if (sum_.scalar_type() != at::kFloat) sum_ = sum_.to(at::kFloat);
+    sum_.add_(part);
+  }
+  at::Tensor get(at::ScalarType dtype) const { return sum_.to(dtype); }
+
+ private:
+  at::Tensor sum_;
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cuda(const at::Tensor& rows,
+                                                           const at::Tensor& row_weights,
+                                                           const at::Tensor& expert_offsets,
+                                                           const at::Tensor& host_offsets,
+                                                           const at::Tensor& gate_up,
+                                                           const at::Tensor& down,
+                                                           int64_t slots_per_pass) {
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const at::Tensor dense_rows = rows.contiguous();
+  const at::Tensor dense_weights = row_weights.contiguous();
+  const at::Tensor dense_gate_up = gate_up.contiguous();
+  const at::Tensor dense_down = down.contiguous();
+  const auto passes = passes_of(rows.size(0), slots_per_pass, expert_offsets, host_offsets);
+  if (passes.size() == 1) {
+    ExpertGemms gemms(expert_offsets, host_offsets);
+    ExpertGemms::GateUp hidden = gemms.nt_swiglu(dense_rows, dense_gate_up, dense_weights);
+    return {gemms.nt(hidden.activation, dense_down), hidden.z};
+  }
+  at::Tensor y = at::empty(dense_rows.sizes(), rows.options());
+  for (const Pass& pass : passes) {
+    ExpertGemms gemms(pass.expert_offsets, pass.host_offsets);
+    const at::Tensor activation = gemms
+                                      .nt_swiglu(dense_rows.narrow(0, pass.first, pass.count),
+                                                 dense_gate_up,
+                                                 dense_weights.narrow(0, pass.first, pass.count))
+                                      .activation;
+    y.narrow(0, pass.first, pass.count).copy_(gemms.nt(activation, dense_down));
+  }
+  return {y, at::empty({0, gate_up.size(1)}, rows.options())};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cuda(
+    const at::Tensor& grad_y,
+    const at::Tensor& rows,
+    const at::Tensor& row_weights,
+    const at::Tensor& z,
+    const at::Tensor& expert_offsets,
+    const at::Tensor& host_offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    double weight_grad_scale,
+    int64_t slots_per_pass) {
+  const c10::cuda::CUDAGuard guard(rows.device());
+  const at::Tensor dense_grad = grad_y.contiguous();
+  const at::Tensor dense_rows = rows.contiguous();
+  const at::Tensor dense_weights = row_weights.contiguous();
+  const at::Tensor dense_gate_up = gate_up.contiguous();
+  const at::Tensor dense_down = down.contiguous();
+  at::Tensor grad_rows;
+  at::Tensor grad_row_weights = at::empty(dense_weights.sizes(), dense_weights.options());
+  WeightGradient grad_gate_up;
+  WeightGradient grad_down;
+  const auto passes = passes_of(rows.size(0), slots_per_pass, expert_offsets, host_offsets);
+  for (const Pass& pass : passes) {
+    const auto of_pass = [&pass](const at::Tensor& tensor) {
+      return tensor.narrow(0, pass.first, pass.count);
+    };
+    ExpertGemms gemms(pass.expert_offsets, pass.host_offsets);
+    const at::Tensor pass_rows = of_pass(dense_rows);
+    const at::Tensor pass_grad = of_pass(dense_grad);
+    const at::Tensor pass_z =
+        z.size(0) == rows.size(0) && passes.size() == 1 ? z : gemms.nt(pass_rows, dense_gate_up);
+    const SwigluGradients hidden = swiglu_backward(gemms.nn(pass_grad, dense_down),
+                                                   pass_z,
+                                                   of_pass(dense_weights),
+                                                   pass.expert_offsets,
+                                                   of_pass(grad_row_weights));
+    grad_down.add(gemms.tn(pass_grad, hidden.activation, weight_grad_scale));
+    grad_gate_up.add(gemms.tn(hidden.grad_z, pass_rows, weight_grad_scale));
+    const at::Tensor pass_grad_rows = gemms.nn(hidden.grad_z, dense_gate_up);
+    if (passes.size() == 1) {
+      grad_rows = pass_grad_rows;
+    } else {
+      if (!grad_rows.defined()) grad_rows = at::empty(dense_rows.sizes(), rows.options());
+      of_pass(grad_rows).copy_(pass_grad_rows);
+    }
+  }
+  return {grad_rows,
+          grad_row_weights,
+          grad_gate_up.get(gate_up.scalar_type()),
+          grad_down.get(down.scalar_type())};
+}
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) {
+  m.impl("expert_mlp_forward", &expert_mlp_forward_cuda);
+  m.impl("expert_mlp_backward", &expert_mlp_backward_cuda);
+}
+
+}  // namespace torch_moe_ep
