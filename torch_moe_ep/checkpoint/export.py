@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -37,11 +36,12 @@ def export_hf(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             f"its state dict instead."
         )
     # With CPU offload FSDP1 hands out freed storage for weights that are on the CPU already.
-    is_offloaded = any(param.device.type != "cpu" for param in model.parameters())
+    kinds = {param.device.type for param in model.parameters()}
+    kinds |= {state.mesh.device_type for state in states_of(model)}
+    is_offloaded = kinds != {"cpu"}
     options = StateDictOptions(full_state_dict=True, cpu_offload=is_offloaded)
     weights = get_model_state_dict(model, options=options)
     on_rank0(functools.partial(_write, inner, weights, Path(folder)))
-    dist.barrier()
 
 
 def _write(inner: Any, weights: dict[str, Any], folder: Path) -> None:

@@ -163,7 +163,8 @@ def _total_norm(
     for is_counted in (True, False):
         local_grads = [grad.local for grad in grads if grad.is_counted == is_counted]
         for same_kind in _by_device_and_dtype(local_grads):
-            norms = torch._foreach_norm(same_kind, norm_type, dtype=torch.float32)
+            dtype = torch.promote_types(same_kind[0].dtype, torch.float32)
+            norms = torch._foreach_norm(same_kind, norm_type, dtype=dtype)
             stacked = torch.stack(norms).to(device, torch.float64)
             if is_inf:
                 total = torch.maximum(total, stacked.max())
