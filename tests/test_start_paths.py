@@ -52,7 +52,11 @@ def from_meta(run: Run):
     model.to_empty(device="cpu")
     initialize_experts(model)
     options = torch.distributed.checkpoint.state_dict.StateDictOptions(full_state_dict=True)
-    torch.distributed.checkpoint.state_dict.set_model_state_dict(model, full, options=options)
+    torch.distributed.checkpoint.state_dict.set_model_state_dict(
+        model,
+        dict(full),
+        options=options,
+    )
     loaded = full_parameters(model)
     return [name for name in loaded if not torch.equal(loaded[name], full[name])]
 
