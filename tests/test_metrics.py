@@ -42,5 +42,5 @@ def test_expert_load_sums_over_ranks_and_resets(ranks):
 
 
 def test_expert_load_of_a_model_without_experts_says_what_to_call():
-    with pytest.raises(ValueError, match="call torch_moe_ep.apply_expert_parallel"):
+    with pytest.raises(ValueError, match=r"call torch_moe_ep\.apply_expert_parallel"):
         expert_load(nn.Linear(2, 2))
