@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from torch_moe_ep import ops
+
 from .cases import (
     Case,
     expert_ids_of,
@@ -16,7 +18,6 @@ from .cases import (
     relative_error,
     requires_gpu,
 )
-from torch_moe_ep import ops
 
 pytestmark = requires_gpu
 

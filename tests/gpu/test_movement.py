@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from torch_moe_ep import ops
+
 from .cases import (
     MOVEMENT_CASES,
     Case,
@@ -14,7 +16,6 @@ from .cases import (
     poisoned_memory,
     requires_gpu,
 )
-from torch_moe_ep import ops
 
 pytestmark = requires_gpu
 

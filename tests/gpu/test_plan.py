@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import MOVEMENT_CASES, Case, expert_ids_of, poisoned_memory, requires_gpu
 from torch_moe_ep import ops
+
+from .cases import MOVEMENT_CASES, Case, expert_ids_of, poisoned_memory, requires_gpu
 
 pytestmark = requires_gpu
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .cases import normal, relative_error, requires_gpu
 from torch_moe_ep import ops
+
+from .cases import normal, relative_error, requires_gpu
 
 pytestmark = requires_gpu
 
