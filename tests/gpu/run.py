@@ -50,7 +50,7 @@ def output_of(*command: str) -> str:
     return (done.stdout.splitlines() or [""])[0].strip()
 
 
-def machine(commit: str) -> dict[str, object]:
+def machine(commit: str, command: list[str]) -> dict[str, object]:
     """The fields that every result file begins with."""
     query = "--query-gpu=name,driver_version,power.limit"
     described = output_of("nvidia-smi", query, "--format=csv,noheader,nounits").split(", ")
@@ -63,7 +63,7 @@ def machine(commit: str) -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "power_limit_w": float(power),
-        "command": "python -m tests.gpu.run " + shlex.join(sys.argv[1:]),
+        "command": shlex.join(["python", "-m", "tests.gpu.run", *command]),
     }
 
 
@@ -76,7 +76,8 @@ def main() -> int:
     outcomes = Outcomes()
     folder = str(Path(__file__).parent)
     status = pytest.main(["-q", folder, *pytest_arguments], plugins=[outcomes])
-    result = {**machine(options.commit), "rows": list(outcomes.rows.values())}
+    command = ["--output", f"benchmarks/results/{options.output.name}", *pytest_arguments]
+    result = {**machine(options.commit, command), "rows": list(outcomes.rows.values())}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     return int(status)
