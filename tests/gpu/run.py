@@ -54,7 +54,7 @@ def machine(commit: str, command: list[str]) -> dict[str, object]:
     """The fields that every result file begins with."""
     query = "--query-gpu=name,driver_version,power.limit"
     described = output_of("nvidia-smi", query, "--format=csv,noheader,nounits").split(", ")
-    gpu, driver, power = described if len(described) == 3 else ("none", "", "nan")
+    gpu, driver, power = described if len(described) == 3 else ("none", "", "")
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit or output_of("git", "rev-parse", "HEAD"),
@@ -62,7 +62,7 @@ def machine(commit: str, command: list[str]) -> dict[str, object]:
         "driver": driver,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "power_limit_w": float(power),
+        "power_limit_w": float(power) if power else None,
         "command": shlex.join(["python", "-m", "tests.gpu.run", *command]),
     }
 
