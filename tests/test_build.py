@@ -1,0 +1,183 @@
+"""The operator library: what it links, what packages hold, what a wrong torch is told."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_moe_ep import _build_info, _library
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTE = {"torch": "2.99.0", "with_cuda": False, "cuda": None, "nvcc": None, "architectures": None}
+
+in_checkout = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs a checkout")
+needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
+
+
+def readelf(*options: str) -> str:
+    command = ["readelf", "--wide", *options, str(_build_info.library_path())]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def run_setup(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def make_sdist(folder: Path, **environment: str) -> Path:
+    made = run_setup(
+        "-q",
+        "egg_info",
+        "--egg-base",
+        str(folder),
+        "sdist",
+        "--dist-dir",
+        str(folder),
+        **environment,
+    )
+    assert made.returncode == 0, made.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def folder_without_torch(folder: Path) -> str:
+    """What build isolation does: `import torch` fails."""
+    (folder / "torch.py").write_text("raise ModuleNotFoundError('No module named torch')\n")
+    return str(folder)
+
+
+@needs_readelf
+def test_library_links_neither_python_nor_torch_python():
+    needed = [line for line in readelf("--dynamic").splitlines() if "(NEEDED)" in line]
+    assert any("libtorch_cpu" in line for line in needed)
+    assert not any("python" in line for line in needed)
+
+
+@needs_readelf
+def test_library_neither_uses_nor_defines_symbols_of_python():
+    names = [line.split()[-1] for line in readelf("--dyn-syms").splitlines() if line.split()]
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
+
+
+def test_library_of_another_torch_says_both_versions_and_the_command(tmp_path):
+    (tmp_path / "_ops.torch2.99.so").touch()
+    (tmp_path / "_ops.torch2.99.json").write_text(json.dumps(NOTE))
+    with pytest.raises(ImportError) as raised:
+        _library.load(_build_info.library_path(tmp_path))
+    assert f"built for torch 2.99.0, found {torch.__version__}: rebuild with" in str(raised.value)
+    assert "pip install --no-build-isolation" in str(raised.value)
+
+
+def test_library_with_cuda_under_torch_without_cuda_says_so(tmp_path, monkeypatch):
+    library = _build_info.library_path(tmp_path)
+    library.touch()
+    library.with_suffix(".json").write_text(json.dumps({**NOTE, "with_cuda": True, "cuda": "13.0"}))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ImportError, match=r"was built for CUDA 13\.0, found torch .* without CUDA"):
+        _library.load(library)
+
+
+def test_library_that_does_not_load_says_for_what_it_was_built(tmp_path):
+    library = _build_info.library_path(tmp_path)
+    library.write_text("not a library")
+    library.with_suffix(".json").write_text(json.dumps(NOTE))
+    with pytest.raises(
+        ImportError, match=r"built for torch 2\.99\.0, .* does not load .*: rebuild"
+    ):
+        _library.load(library)
+
+
+def test_library_that_is_missing_in_a_checkout_names_the_build_command(tmp_path):
+    (tmp_path / "setup.py").touch()
+    with pytest.raises(ImportError, match=r"no compiled library .* setup\.py build_ext --inplace"):
+        _library.load(_build_info.library_path(tmp_path / "torch_moe_ep"))
+
+
+@in_checkout
+def test_setup_with_unknown_choice_of_cuda_is_refused():
+    done = run_setup("build_ext", TORCH_MOE_EP_CUDA="yes")
+    assert done.returncode != 0
+    assert "TORCH_MOE_EP_CUDA must be auto, 0 or 1, got 'yes'" in done.stderr
+
+
+@in_checkout
+def test_setup_prints_whether_it_builds_with_cuda():
+    done = run_setup("--version", TORCH_MOE_EP_CUDA="0")
+    assert "building without CUDA (TORCH_MOE_EP_CUDA=0)" in done.stdout
+
+
+@in_checkout
+def test_setup_without_nvcc_falls_back_or_says_what_is_missing(tmp_path):
+    automatic = run_setup("--version", CUDA_HOME=str(tmp_path))
+    assert "building without CUDA (" in automatic.stdout
+    forced = run_setup("build_ext", CUDA_HOME=str(tmp_path), TORCH_MOE_EP_CUDA="1")
+    assert forced.returncode != 0
+    assert "TORCH_MOE_EP_CUDA=1, but " in forced.stderr
+
+
+@in_checkout
+def test_build_under_isolation_says_one_sentence(tmp_path):
+    done = run_setup("bdist_wheel", PYTHONPATH=folder_without_torch(tmp_path))
+    assert done.returncode != 0
+    assert "pip install --no-build-isolation ." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@in_checkout
+def test_sdist_without_torch_holds_every_source_and_header(tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    with tarfile.open(make_sdist(tmp_path, PYTHONPATH=folder_without_torch(hidden))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".cpp", ".cu", ".cuh", ".h")
+    }
+    assert wanted
+    assert wanted <= held
+    assert {"setup.py", "pyproject.toml", "LICENSE", "torch_moe_ep/py.typed"} <= held
+    assert not [name for name in held if name.endswith((".so", ".pyc"))]
+
+
+@in_checkout
+@pytest.mark.full
+def test_wheel_from_sdist_installs_and_loads_outside_the_checkout(tmp_path):
+    with tarfile.open(make_sdist(tmp_path)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.glob("torch_moe_ep-*/")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    alone = ["--no-build-isolation", "--no-deps"]
+    wheels = tmp_path / "wheels"
+    environment = {**os.environ, "TORCH_MOE_EP_CUDA": "0"}
+    subprocess.run(
+        [*pip, "wheel", *alone, "--wheel-dir", str(wheels), str(source)],
+        env=environment,
+        check=True,
+    )
+    (wheel,) = wheels.glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name
+    target = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    script = "import torch_moe_ep._library as l; print(l.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(str(target))
