@@ -65,7 +65,7 @@ $(STAMPS)/build: $(STAMPS)/requirements setup.py pyproject.toml $(HEADERS) $(HOS
 	@echo '== compiling the operator library (minutes at the first time; log in $(VENV)/build.log)'
 	@command -v g++ > /dev/null || { echo 'g++ is missing: apt install g++' >&2; exit 1; }
 	@$(PY) -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps --editable . \
-		> $(VENV)/build.log 2>&1 || { grep -E -A12 'error|Error' $(VENV)/build.log | cut -c1-400 | tail -60; exit 1; }
+		> $(VENV)/build.log 2>&1 || { .ci/show-build-error $(VENV)/build.log; exit 1; }
 	@grep -o 'torch_moe_ep: .*' $(VENV)/build.log | sort -u
 	@touch $@
 
