@@ -66,7 +66,7 @@ $(STAMPS)/build: $(STAMPS)/requirements setup.py pyproject.toml $(HEADERS) $(HOS
 	@command -v g++ > /dev/null || { echo 'g++ is missing: apt install g++' >&2; exit 1; }
 	@$(PY) -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps --editable . \
 		> $(VENV)/build.log 2>&1 || { .ci/show-build-error $(VENV)/build.log; exit 1; }
-	@grep -o 'torch_moe_ep: .*' $(VENV)/build.log | sort -u
+	@grep -E -o 'torch_moe_ep: (building|/).*' $(VENV)/build.log | sort -u
 	@touch $@
 
 # Lint

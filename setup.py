@@ -22,6 +22,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+LICENSE = "Apache-2.0"
 DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
 CUDA_ONLY_FOLDERS = ("sm80", "sm90")
 COMMANDS_WITHOUT_TORCH = ("sdist", "egg_info", "clean", "--name", "--version")
@@ -37,7 +38,7 @@ try:
 except ImportError:
     if not any(command in sys.argv for command in COMMANDS_WITHOUT_TORCH):
         sys.exit(NO_TORCH)
-    setup()
+    setup(license=LICENSE)
     sys.exit(0)
 
 
@@ -107,7 +108,8 @@ def make_extension(with_cuda: bool) -> cpp_extension.CppExtension:
     """Describes the library: sources, warnings as errors, every symbol resolved at link time."""
     includes = system_includes(with_cuda)
     # Without -fopenmp at::parallel_for, a header, runs on one thread.
-    cxx = ["-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    cxx = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+    cxx += ["-Wall", "-Wextra", "-Werror"]
     nvcc = ["-std=c++20", "-O3", "-lineinfo", "-Werror", "all-warnings"]
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return make(
@@ -150,6 +152,9 @@ class BuildLibrary(cpp_extension.BuildExtension):
         return f"{ext_name.replace('.', os.sep)}.torch{torch_release()}.so"
 
     def run(self) -> None:
+        # build/ outlives a build: a wheel must not take along what was built for another torch.
+        for stale in (Path(self.build_lib) / "torch_moe_ep").glob("_ops.*"):
+            stale.unlink()
         super().run()
         for extension in self.extensions:
             library = Path(self.get_ext_fullpath(extension.name))
@@ -175,6 +180,7 @@ if WITH_CUDA:
 use_ccache(WITH_CUDA)
 EXTENSION = make_extension(WITH_CUDA)
 setup(
+    license=LICENSE,
     ext_modules=[EXTENSION] if EXTENSION.sources else [],
     cmdclass={"build_ext": BuildLibrary},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
