@@ -1,6 +1,10 @@
 """Prints the flags with which clang-tidy reads host files: the build's without its warnings."""
 
-from torch.utils import cpp_extension
+import logging
+
+logging.disable(logging.WARNING)  # torch warns about machines with a toolkit and without a GPU
+
+from torch.utils import cpp_extension  # noqa: E402
 
 has_cuda = cpp_extension.CUDA_HOME is not None
 paths = cpp_extension.include_paths("cuda" if has_cuda else "cpu")

@@ -22,6 +22,7 @@ import torch.distributed
 from torch_moe_ep._build_info import BuildInfo, library_path, read_build_info, why_unusable
 
 PACKAGES = ("torch_moe_ep", "torch", "transformers", "accelerate", "safetensors", "numpy")
+NO_LIBRARY = "there is no library for this torch"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
 def cuda_obstacle(build: BuildInfo | None, capabilities: Sequence[tuple[int, int]]) -> str | None:
     """Returns why no CUDA kernel can run here, None where some can."""
     if build is None:
-        return "there is no library for this torch"
+        return NO_LIBRARY
     if not build.with_cuda:
         return "the library was built without CUDA"
     if not capabilities:
@@ -151,7 +152,7 @@ def kernel_choices(
         Choice("sm90", "hand-written wgmma kernels, bfloat16", sm90),
         Choice("sm80", "hand-written mma.sync kernels, bfloat16", sm80),
         Choice("torch", "torch's own GEMMs on CUDA, every type", cuda),
-        Choice("cpu", "BLAS per expert", "there is no library for this torch" if build is None else None),
+        Choice("cpu", "BLAS per expert", NO_LIBRARY if build is None else None),
     ]
 
 
