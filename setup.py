@@ -115,7 +115,7 @@ def make_extension(with_cuda: bool) -> cpp_extension.CppExtension:
     return make(
         name="torch_moe_ep._ops",
         sources=find_sources(with_cuda),
-        include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc" / "include")],
+        include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": cxx + includes, "nvcc": nvcc + includes},
         extra_link_args=["-fopenmp", "-Wl,--no-undefined", "-Wl,--as-needed"],
         py_limited_api=True,

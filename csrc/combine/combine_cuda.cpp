@@ -8,10 +8,12 @@
 #include <string>
 #include <tuple>
 
+#include "combine/combine.h"
 #include "combine/combine_kernels.h"
 #include "comm/collective.h"
 #include "common/element_type_of.h"
 #include "common/exchange_sizes.h"
+#include "common/segments.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -26,16 +28,18 @@ Gathered gather_rows(const at::Tensor& rows,
                      const std::optional<at::Tensor>& row_weights,
                      const at::Tensor& slot_of_copy,
                      int64_t copies_per_output) {
+  const at::Tensor dense_rows = rows.contiguous();
+  const at::Tensor dense_weights = row_weights ? row_weights->contiguous() : at::Tensor();
   const int64_t num_outputs = slot_of_copy.numel() / copies_per_output;
   Gathered gathered = {at::empty({num_outputs, rows.size(1)}, rows.options()),
                        at::empty({0}, rows.options().dtype(at::kFloat))};
   GatheredRows params = {};
-  params.rows = rows.const_data_ptr();
+  params.rows = dense_rows.const_data_ptr();
   params.out = gathered.out.mutable_data_ptr();
   if (row_weights.has_value()) {
     gathered.weights =
         at::empty({num_outputs, copies_per_output}, rows.options().dtype(at::kFloat));
-    params.row_weights = row_weights->const_data_ptr<float>();
+    params.row_weights = dense_weights.const_data_ptr<float>();
     params.weights = gathered.weights.mutable_data_ptr<float>();
   }
   params.slot_of_copy = slot_of_copy.const_data_ptr<int64_t>();
@@ -54,26 +58,28 @@ std::tuple<at::Tensor, at::Tensor> combine_cuda(const at::Tensor& rows,
                                                 const at::Tensor& slot_of_copy,
                                                 const at::Tensor& slot_of_received,
                                                 const at::Tensor& /*expert_offsets*/,
-                                                const at::Tensor& /*counts*/,
+                                                const at::Tensor& counts,
                                                 const at::Tensor& host_counts,
                                                 int64_t top_k,
                                                 int64_t row_alignment,
-                                                const std::string& group_name) {
+                                                const std::string& group_name,
+                                                const std::optional<at::Tensor>&
+                                                /*tokens_per_expert*/) {
   const c10::cuda::CUDAGuard guard(rows.device());
-  const at::Tensor dense_rows = rows.contiguous();
-  const auto dense_weights =
-      row_weights ? std::optional<at::Tensor>(row_weights->contiguous()) : std::nullopt;
   if (group_name.empty()) {
-    Gathered gathered = gather_rows(dense_rows, dense_weights, slot_of_copy, top_k);
+    const int64_t num_slots = slot_bound(slot_of_copy.numel(), counts.size(1), row_alignment);
+    check_combine(rows, row_weights, slot_of_copy, num_slots, top_k);
+    Gathered gathered = gather_rows(rows, row_weights, slot_of_copy, top_k);
     return {gathered.out, gathered.weights};
   }
   const ExchangeSizes sizes =
       exchange_sizes(host_counts, comm::group_rank(group_name), row_alignment);
+  check_combine(rows, row_weights, slot_of_copy, sizes.num_slots, top_k);
   const auto exchange = [&](const at::Tensor& tensor) {
     return comm::all_to_all_rows(tensor, sizes.received_rows, sizes.send_rows, group_name);
   };
   // Rows go back in the order in which they came, then to the slots that plan gave the copies.
-  const Gathered returned = gather_rows(dense_rows, dense_weights, slot_of_received, 1);
+  const Gathered returned = gather_rows(rows, row_weights, slot_of_received, 1);
   const at::Tensor rows_of_copies = exchange(returned.out);
   const auto weights_of_copies =
       row_weights ? std::optional<at::Tensor>(exchange(returned.weights.reshape({-1})))

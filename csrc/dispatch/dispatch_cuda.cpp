@@ -2,6 +2,7 @@
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/util/env.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -10,6 +11,8 @@
 
 #include "comm/collective.h"
 #include "common/exchange_sizes.h"
+#include "common/segments.h"
+#include "dispatch/dispatch.h"
 #include "dispatch/dispatch_kernels.h"
 
 namespace torch_moe_ep {
@@ -17,25 +20,6 @@ namespace {
 
 // The hand-written expert GEMMs read tiles of this many rows.
 constexpr int64_t kGemmRowAlignment = 128;
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-// Rows that hold any P = 1 routing of num_copies: each expert's segment may end in
-// row_alignment - 1 padding rows.
-int64_t slot_bound(int64_t num_copies, int64_t num_experts, int64_t row_alignment) {
-  return (num_copies + num_experts * (row_alignment - 1)) / row_alignment * row_alignment;
-}
-
-void check_max_rows(int64_t num_slots, int64_t max_rows) {
-  TORCH_CHECK_VALUE(max_rows <= 0 || num_slots <= max_rows,
-                    "max_rows is ",
-                    max_rows,
-                    ", but ",
-                    num_slots,
-                    " rows are needed");
-}
 
 struct Places {
   at::Tensor slot_of_copy;
@@ -150,6 +134,25 @@ void check_plan_on_cuda(int64_t num_experts, int64_t row_alignment) {
                     row_alignment);
 }
 
+// TORCH_MOE_EP_CHECK=1: raises on every rank of the group where any of them met an invalid id.
+// Waits on the host.
+void check_ids_at_once(const at::Tensor& invalid_flag, const std::string& group_name) {
+  if (!c10::utils::check_env("TORCH_MOE_EP_CHECK").value_or(false)) return;
+  const at::Tensor flag = invalid_flag.reshape({1}).to(at::kLong);
+  const at::Tensor flags =
+      group_name.empty() ? flag.unsqueeze(0) : comm::all_gather_counts(flag, group_name);
+  const at::Tensor host_flags = comm::to_host(flags);
+  const auto rows = host_flags.accessor<int64_t, 2>();
+  for (int64_t rank = 0; rank < host_flags.size(0); ++rank) {
+    if (rows[rank][0] == 0) continue;
+    invalid_flag.zero_();
+    TORCH_CHECK_VALUE(false,
+                      "expert_ids must be in [0, num_experts), got others on rank ",
+                      rank,
+                      " of the expert-parallel group (check the router)");
+  }
+}
+
 void check_top_k_on_cuda(int64_t top_k) {
   TORCH_CHECK_VALUE(top_k <= kMaxTopK, "top_k must be at most ", kMaxTopK, " on CUDA, got ", top_k);
 }
@@ -163,6 +166,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cuda
     int64_t max_rows,
     const std::string& group_name,
     const at::Tensor& invalid_flag) {
+  check_plan(expert_ids, num_experts, row_alignment, invalid_flag);
   check_plan_on_cuda(num_experts, row_alignment);
   const c10::cuda::CUDAGuard guard(expert_ids.device());
   const auto host_options = at::TensorOptions().dtype(at::kLong);
@@ -170,6 +174,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cuda
     const int64_t num_slots = slot_bound(expert_ids.numel(), num_experts, row_alignment);
     check_max_rows(num_slots, max_rows);
     Places places = place_copies(expert_ids, num_experts, row_alignment, invalid_flag);
+    check_ids_at_once(invalid_flag, group_name);
     return {places.slot_of_copy,
             at::empty({0}, expert_ids.options()),
             places.segment_offsets,
@@ -178,13 +183,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cuda
   }
   const int64_t num_ranks = comm::group_size(group_name);
   const int64_t rank = comm::group_rank(group_name);
-  TORCH_CHECK_VALUE(num_experts % num_ranks == 0,
-                    "num_experts must be a multiple of the group's ",
-                    num_ranks,
-                    " ranks, got ",
-                    num_experts);
+  check_experts_over_ranks(num_experts, num_ranks);
   // Send order is expert order without padding.
   const Places places = place_copies(expert_ids, num_experts, 1, invalid_flag);
+  check_ids_at_once(invalid_flag, group_name);
   const at::Tensor counts = comm::all_gather_counts(places.counts, group_name);
   // The one host wait of a layer's forward.
   const at::Tensor host_counts = comm::to_host(counts);
@@ -206,6 +208,7 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cuda(const at::Tensor& x,
                                                  int64_t top_k,
                                                  int64_t row_alignment,
                                                  const std::string& group_name) {
+  check_dispatch(x, weights, slot_of_copy, top_k);
   check_top_k_on_cuda(top_k);
   const c10::cuda::CUDAGuard guard(x.device());
   const Source tokens = {

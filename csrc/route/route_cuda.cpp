@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "common/element_type_of.h"
+#include "route/route.h"
 #include "route/route_kernels.h"
 
 namespace torch_moe_ep {
@@ -27,6 +28,7 @@ void check_sizes(int64_t num_experts, int64_t top_k) {
 std::tuple<at::Tensor, at::Tensor> route_cuda(const at::Tensor& logits,
                                               int64_t top_k,
                                               bool normalize) {
+  check_route(logits, top_k);
   const ElementType element_type = element_type_of(logits);
   const int64_t num_tokens = logits.size(0);
   const int64_t num_experts = logits.size(1);
@@ -55,6 +57,7 @@ at::Tensor route_backward_cuda(const at::Tensor& grad_weights,
                                const at::Tensor& weights,
                                const at::Tensor& expert_ids,
                                bool normalize) {
+  check_route_backward(grad_weights, logits, weights, expert_ids);
   const ElementType element_type = element_type_of(logits);
   const int64_t top_k = expert_ids.size(1);
   check_sizes(logits.size(1), top_k);

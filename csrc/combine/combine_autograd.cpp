@@ -1,0 +1,77 @@
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+
+#include "comm/collective.h"
+#include "common/movement.h"
+
+namespace torch_moe_ep {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// This rank's copies per expert. In backward, so that neither evaluation nor the recomputation of
+// activation checkpointing is counted.
+void count_tokens(const at::Tensor& tokens_per_expert, const Plan& plan) {
+  const int64_t rank = plan.group_name.empty() ? 0 : comm::group_rank(plan.group_name);
+  tokens_per_expert.add_(plan.counts.select(0, rank));
+}
+
+class Combine : public torch::autograd::Function<Combine> {
+ public:
+  static variable_list forward(AutogradContext* ctx,
+                               const at::Tensor& rows,
+                               const std::optional<at::Tensor>& row_weights,
+                               const Plan& plan,
+                               const std::optional<at::Tensor>& tokens_per_expert) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto [x, weights] = call_combine(rows, row_weights, plan);
+    save_plan(ctx, plan);
+    ctx->saved_data["has_weights"] = row_weights.has_value();
+    // Not by save_for_backward: other micro-batches change the counter before this one's backward.
+    ctx->saved_data["tokens_per_expert"] = tokens_per_expert;
+    return {x, weights};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const bool has_weights = ctx->saved_data["has_weights"].toBool();
+    const Plan plan = saved_plan(ctx);
+    auto [grad_rows, grad_row_weights] = call_dispatch(
+        grads[0], has_weights ? std::optional<at::Tensor>(grads[1]) : std::nullopt, plan);
+    const auto counter = ctx->saved_data["tokens_per_expert"].toOptional<at::Tensor>();
+    if (counter.has_value()) count_tokens(*counter, plan);
+    return {grad_rows, has_weights ? grad_row_weights : at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
+Moved combine_autograd(const at::Tensor& rows,
+                       const std::optional<at::Tensor>& row_weights,
+                       const at::Tensor& slot_of_copy,
+                       const at::Tensor& slot_of_received,
+                       const at::Tensor& expert_offsets,
+                       const at::Tensor& counts,
+                       const at::Tensor& host_counts,
+                       int64_t top_k,
+                       int64_t row_alignment,
+                       const std::string& group_name,
+                       const std::optional<at::Tensor>& tokens_per_expert) {
+  const Plan plan = {slot_of_copy,
+                     slot_of_received,
+                     expert_offsets,
+                     counts,
+                     host_counts,
+                     top_k,
+                     row_alignment,
+                     group_name};
+  auto outputs = Combine::apply(rows, row_weights, plan, tokens_per_expert);
+  return {outputs[0], outputs[1]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, Autograd, m) { m.impl("combine", &combine_autograd); }
+
+}  // namespace torch_moe_ep

@@ -1,0 +1,103 @@
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "combine/combine.h"
+#include "comm/collective.h"
+#include "common/dispatch_dtype.h"
+#include "common/exchange_sizes.h"
+#include "common/segments.h"
+
+namespace torch_moe_ep {
+namespace {
+
+constexpr int64_t kElementsPerTask = 1 << 14;
+
+// out[t] = sum over k of rows[slot[t * copies + k]] in ascending k; one copy keeps the row's bits.
+template <typename T>
+void sum_rows(const T* rows, const int64_t* slot, int64_t copies, int64_t hidden, T* out) {
+  if (copies == 1) {
+    std::copy_n(rows + slot[0] * hidden, hidden, out);
+    return;
+  }
+  std::vector<float> sums(hidden, 0.0f);
+  for (int64_t k = 0; k < copies; ++k) {
+    const T* row = rows + slot[k] * hidden;
+    for (int64_t h = 0; h < hidden; ++h) sums[h] += static_cast<float>(row[h]);
+  }
+  for (int64_t h = 0; h < hidden; ++h) out[h] = static_cast<T>(sums[h]);
+}
+
+at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& slot_of_copy, int64_t copies) {
+  const at::Tensor dense = rows.contiguous();
+  const int64_t hidden = rows.size(1);
+  const int64_t num_outputs = slot_of_copy.numel() / copies;
+  at::Tensor out = at::empty({num_outputs, hidden}, rows.options());
+  const int64_t* slot = slot_of_copy.const_data_ptr<int64_t>();
+  const int64_t grain = kElementsPerTask / (hidden * copies + 1) + 1;
+  TORCH_MOE_EP_DISPATCH_DTYPE(rows.scalar_type(), "combine_cpu", [&] {
+    const scalar_t* from = dense.const_data_ptr<scalar_t>();
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, num_outputs, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        sum_rows(from, slot + t * copies, copies, hidden, to + t * hidden);
+      }
+    });
+  });
+  return out;
+}
+
+// [num_outputs, copies], or [0] without row weights.
+at::Tensor gather_weights(const std::optional<at::Tensor>& row_weights,
+                          const at::Tensor& slot_of_copy,
+                          int64_t copies,
+                          const at::Tensor& rows) {
+  if (!row_weights) return at::empty({0}, rows.options().dtype(at::kFloat));
+  return row_weights->index_select(0, slot_of_copy).view({slot_of_copy.numel() / copies, copies});
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> combine_cpu(
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& row_weights,
+    const at::Tensor& slot_of_copy,
+    const at::Tensor& slot_of_received,
+    const at::Tensor& /*expert_offsets*/,
+    const at::Tensor& counts,
+    const at::Tensor& host_counts,
+    int64_t top_k,
+    int64_t row_alignment,
+    const std::string& group_name,
+    const std::optional<at::Tensor>& /*tokens_per_expert*/) {
+  if (group_name.empty()) {
+    const int64_t num_slots = slot_bound(slot_of_copy.numel(), counts.size(1), row_alignment);
+    check_combine(rows, row_weights, slot_of_copy, num_slots, top_k);
+    return {gather_rows(rows, slot_of_copy, top_k),
+            gather_weights(row_weights, slot_of_copy, top_k, rows)};
+  }
+  const ExchangeSizes sizes =
+      exchange_sizes(host_counts, comm::group_rank(group_name), row_alignment);
+  check_combine(rows, row_weights, slot_of_copy, sizes.num_slots, top_k);
+  const auto exchange = [&](const at::Tensor& tensor) {
+    return comm::all_to_all_rows(tensor, sizes.received_rows, sizes.send_rows, group_name);
+  };
+  // Rows go back in the order in which they came, then to the slots that plan gave the copies.
+  const at::Tensor rows_of_copies = exchange(gather_rows(rows, slot_of_received, 1));
+  const auto weights_of_copies =
+      row_weights
+          ? std::optional<at::Tensor>(exchange(row_weights->index_select(0, slot_of_received)))
+          : std::nullopt;
+  return {gather_rows(rows_of_copies, slot_of_copy, top_k),
+          gather_weights(weights_of_copies, slot_of_copy, top_k, rows)};
+}
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, CPU, m) { m.impl("combine", &combine_cpu); }
+
+}  // namespace torch_moe_ep

@@ -1,0 +1,109 @@
+#include "comm/collective.h"
+
+#include <ATen/Functions.h>
+#include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
+#include <c10/util/env.h>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include <charconv>
+#include <chrono>
+#include <functional>
+#include <numeric>
+
+#include "comm/failure.h"
+
+namespace torch_moe_ep::comm {
+namespace {
+
+using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
+using Work = c10::intrusive_ptr<c10d::Work>;
+
+// Unset leaves the choice to the process group.
+std::chrono::milliseconds collective_timeout() {
+  const auto text = c10::utils::get_env("TORCH_MOE_EP_TIMEOUT_S");
+  if (!text.has_value() || text->empty()) return c10d::kUnsetTimeout;
+  int64_t seconds = 0;
+  const char* end = text->data() + text->size();
+  const auto parsed = std::from_chars(text->data(), end, seconds);
+  TORCH_CHECK_VALUE(parsed.ec == std::errc() && parsed.ptr == end && seconds > 0,
+                    "TORCH_MOE_EP_TIMEOUT_S must be a positive whole number of seconds, got ",
+                    *text);
+  return std::chrono::seconds(seconds);
+}
+
+// Waits as the backend does: on the host for gloo, on the current stream for NCCL.
+void run(const char* operation,
+         const Group& group,
+         c10::DeviceType device_type,
+         const std::function<Work()>& start) {
+  std::string message;
+  try {
+    start()->wait();
+    return;
+  } catch (const c10::Error& error) {
+    message = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  raise_failure(operation, *group, device_type, message);
+}
+
+int64_t sum(const std::vector<int64_t>& rows) {
+  return std::accumulate(rows.begin(), rows.end(), int64_t{0});
+}
+
+// [n, bytes of a row], the same memory.
+at::Tensor as_bytes(const at::Tensor& rows) {
+  const auto row_sizes = rows.sizes().slice(1);
+  return rows.view({rows.size(0), c10::multiply_integers(row_sizes)}).view(at::kByte);
+}
+
+}  // namespace
+
+int64_t group_size(const std::string& group_name) {
+  return c10d::resolve_process_group(group_name)->getSize();
+}
+
+int64_t group_rank(const std::string& group_name) {
+  return c10d::resolve_process_group(group_name)->getRank();
+}
+
+at::Tensor all_gather_counts(const at::Tensor& counts, const std::string& group_name) {
+  const Group group = c10d::resolve_process_group(group_name);
+  at::Tensor input = counts;
+  at::Tensor gathered = at::empty({group->getSize(), counts.numel()}, counts.options());
+  c10d::AllgatherOptions options;
+  options.timeout = collective_timeout();
+  run("all-gather of counts", group, counts.device().type(), [&] {
+    return group->_allgather_base(gathered, input, options);
+  });
+  return gathered;
+}
+
+at::Tensor to_host(const at::Tensor& counts) { return counts.to(at::kCPU); }
+
+at::Tensor all_to_all_rows(const at::Tensor& rows,
+                           const std::vector<int64_t>& send_rows,
+                           const std::vector<int64_t>& received_rows,
+                           const std::string& group_name) {
+  TORCH_INTERNAL_ASSERT(rows.is_contiguous() && rows.size(0) == sum(send_rows));
+  const Group group = c10d::resolve_process_group(group_name);
+  auto sizes = rows.sizes().vec();
+  sizes[0] = sum(received_rows);
+  at::Tensor received = at::empty(sizes, rows.options());
+  // As bytes: not every backend knows every dtype.
+  at::Tensor output = as_bytes(received);
+  at::Tensor input = as_bytes(rows);
+  std::vector<int64_t> output_splits = received_rows;
+  std::vector<int64_t> input_splits = send_rows;
+  c10d::AllToAllOptions options;
+  options.timeout = collective_timeout();
+  run("all-to-all of rows", group, rows.device().type(), [&] {
+    return group->alltoall_base(output, input, output_splits, input_splits, options);
+  });
+  return received;
+}
+
+}  // namespace torch_moe_ep::comm

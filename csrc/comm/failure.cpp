@@ -1,0 +1,74 @@
+#include "comm/failure.h"
+
+#include <c10/util/Exception.h>
+
+#include <chrono>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace torch_moe_ep::comm {
+namespace {
+
+constexpr std::chrono::milliseconds kGrace(3000);
+
+std::string key_of(int64_t group_rank) {
+  return "torch_moe_ep/gave_up/" + std::to_string(group_rank);
+}
+
+// Group ranks that did not give up within the grace.
+std::vector<int64_t> silent_ranks(c10d::ProcessGroup& group) {
+  const auto store = group.getStore();
+  store->set(key_of(group.getRank()), std::string("1"));
+  std::this_thread::sleep_for(kGrace);
+  std::vector<int64_t> silent;
+  for (int64_t rank = 0; rank < group.getSize(); ++rank) {
+    if (!store->check({key_of(rank)})) silent.push_back(rank);
+  }
+  return silent;
+}
+
+// The default group lists no ranks: its group ranks are the global ones.
+int64_t global_rank(c10d::ProcessGroup& group, c10::DeviceType device_type, int64_t group_rank) {
+  const auto ranks = group.getBackend(device_type)->getBackendOptions()->global_ranks_in_group;
+  return ranks.empty() ? group_rank : static_cast<int64_t>(ranks.at(group_rank));
+}
+
+std::string describe_silent(c10d::ProcessGroup& group, c10::DeviceType device_type) {
+  const auto silent = silent_ranks(group);
+  if (silent.empty()) return "every rank of the group gave up in it";
+  std::string ranks;
+  for (const int64_t rank : silent) {
+    if (!ranks.empty()) ranks += ", ";
+    ranks += std::to_string(global_rank(group, device_type, rank));
+  }
+  return "global ranks that did not take part: " + ranks +
+         " (dead, stuck elsewhere, or slower than the time-out)";
+}
+
+}  // namespace
+
+void raise_failure(const std::string& operation,
+                   c10d::ProcessGroup& group,
+                   c10::DeviceType device_type,
+                   const std::string& backend_message) {
+  std::string silent;
+  std::string here = "unknown";
+  try {
+    here = std::to_string(global_rank(group, device_type, group.getRank()));
+    silent = describe_silent(group, device_type);
+  } catch (const std::exception&) {
+    // The store lives on a rank of its own; when that rank is gone nobody can be asked.
+    silent = "the ranks at fault are unknown, the group's store does not answer";
+  }
+  TORCH_CHECK(false,
+              operation,
+              " of expert parallelism failed on global rank ",
+              here,
+              "; ",
+              silent,
+              ". The backend said: ",
+              backend_message);
+}
+
+}  // namespace torch_moe_ep::comm

@@ -1,0 +1,22 @@
+// Who is at fault when a collective fails or times out.
+#pragma once
+
+#include <c10/core/DeviceType.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include <string>
+
+namespace torch_moe_ep::comm {
+
+// Throws a RuntimeError with the operation, this rank, the ranks of the group that did not stop in
+// the same collective, and what the backend said.
+//
+// Costs nothing until something fails: a rank that gives up says so in the group's store, waits
+// kGrace for the others to say the same, and names those that did not. A rank that is dead, stuck
+// elsewhere or slower than the time-out by more than the grace is among them.
+[[noreturn]] void raise_failure(const std::string& operation,
+                                c10d::ProcessGroup& group,
+                                c10::DeviceType device_type,
+                                const std::string& backend_message);
+
+}  // namespace torch_moe_ep::comm

@@ -1,0 +1,111 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+
+// The operators dispatch and combine, called by name: each is the backward of the other, and
+// neither stage includes the other.
+
+namespace torch_moe_ep {
+
+// The plan as dispatch and combine take it; see dispatch/dispatch.h.
+struct Plan {
+  at::Tensor slot_of_copy;
+  at::Tensor slot_of_received;
+  at::Tensor expert_offsets;
+  at::Tensor counts;
+  at::Tensor host_counts;
+  int64_t top_k;
+  int64_t row_alignment;
+  std::string group_name;
+};
+
+using Moved = std::tuple<at::Tensor, at::Tensor>;  // rows and their weights
+
+inline Moved call_dispatch(const at::Tensor& x,
+                           const std::optional<at::Tensor>& weights,
+                           const Plan& plan) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_moe_ep::dispatch", "")
+                             .typed<Moved(const at::Tensor&,
+                                          const std::optional<at::Tensor>&,
+                                          const at::Tensor&,
+                                          const at::Tensor&,
+                                          const at::Tensor&,
+                                          const at::Tensor&,
+                                          const at::Tensor&,
+                                          int64_t,
+                                          int64_t,
+                                          const std::string&)>();
+  return op.call(x,
+                 weights,
+                 plan.slot_of_copy,
+                 plan.slot_of_received,
+                 plan.expert_offsets,
+                 plan.counts,
+                 plan.host_counts,
+                 plan.top_k,
+                 plan.row_alignment,
+                 plan.group_name);
+}
+
+inline Moved call_combine(const at::Tensor& rows,
+                          const std::optional<at::Tensor>& row_weights,
+                          const Plan& plan) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_moe_ep::combine", "")
+                             .typed<Moved(const at::Tensor&,
+                                          const std::optional<at::Tensor>&,
+                                          const at::Tensor&,
+                                          const at::Tensor&,
+                                          const at::Tensor&,
+                                          const at::Tensor&,
+                                          const at::Tensor&,
+                                          int64_t,
+                                          int64_t,
+                                          const std::string&,
+                                          const std::optional<at::Tensor>&)>();
+  return op.call(rows,
+                 row_weights,
+                 plan.slot_of_copy,
+                 plan.slot_of_received,
+                 plan.expert_offsets,
+                 plan.counts,
+                 plan.host_counts,
+                 plan.top_k,
+                 plan.row_alignment,
+                 plan.group_name,
+                 std::nullopt);
+}
+
+inline void save_plan(torch::autograd::AutogradContext* ctx, const Plan& plan) {
+  ctx->save_for_backward({plan.slot_of_copy,
+                          plan.slot_of_received,
+                          plan.expert_offsets,
+                          plan.counts,
+                          plan.host_counts});
+  ctx->saved_data["top_k"] = plan.top_k;
+  ctx->saved_data["row_alignment"] = plan.row_alignment;
+  ctx->saved_data["group_name"] = plan.group_name;
+}
+
+inline Plan saved_plan(torch::autograd::AutogradContext* ctx) {
+  auto saved = ctx->get_saved_variables();
+  return {std::move(saved[0]),
+          std::move(saved[1]),
+          std::move(saved[2]),
+          std::move(saved[3]),
+          std::move(saved[4]),
+          ctx->saved_data["top_k"].toInt(),
+          ctx->saved_data["row_alignment"].toInt(),
+          ctx->saved_data["group_name"].toStringRef()};
+}
+
+}  // namespace torch_moe_ep

@@ -1,0 +1,103 @@
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "comm/collective.h"
+#include "common/exchange_sizes.h"
+#include "common/segments.h"
+#include "dispatch/dispatch.h"
+
+namespace torch_moe_ep {
+namespace {
+
+constexpr int64_t kBytesPerTask = 1 << 16;
+
+struct Packed {
+  at::Tensor rows;         // [num_slots, H]
+  at::Tensor row_weights;  // [num_slots] fp32, or [0]
+};
+
+// rows[slot_of_copy[n]] = source[n / copies_per_source], and likewise the weights [n].
+Packed pack_rows(const at::Tensor& source,
+                 const std::optional<at::Tensor>& weights,
+                 const at::Tensor& slot_of_copy,
+                 int64_t copies_per_source,
+                 int64_t num_slots) {
+  const at::Tensor dense = source.contiguous();
+  const at::Tensor dense_weights = weights ? weights->contiguous() : at::Tensor();
+  Packed packed = {at::empty({num_slots, source.size(1)}, source.options()),
+                   at::empty({weights ? num_slots : 0}, source.options().dtype(at::kFloat))};
+  const int64_t row_bytes = source.size(1) * static_cast<int64_t>(source.element_size());
+  const auto* from = static_cast<const char*>(dense.const_data_ptr());
+  auto* to = static_cast<char*>(packed.rows.mutable_data_ptr());
+  const float* weight = weights ? dense_weights.const_data_ptr<float>() : nullptr;
+  float* row_weight = packed.row_weights.mutable_data_ptr<float>();
+  const int64_t* slot = slot_of_copy.const_data_ptr<int64_t>();
+  const int64_t grain = kBytesPerTask / (row_bytes + 1) + 1;
+  at::parallel_for(0, slot_of_copy.numel(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      std::memcpy(to + slot[n] * row_bytes, from + n / copies_per_source * row_bytes, row_bytes);
+      if (weight != nullptr) row_weight[slot[n]] = weight[n];
+    }
+  });
+  return packed;
+}
+
+// Zeros behind each expert's copies, up to the next segment.
+void write_padding(const Packed& packed,
+                   const at::Tensor& expert_offsets,
+                   const at::Tensor& counts,
+                   int64_t first_expert) {
+  const auto count = counts.accessor<int64_t, 2>();
+  const int64_t* offsets = expert_offsets.const_data_ptr<int64_t>();
+  for (int64_t l = 0; l + 1 < expert_offsets.numel(); ++l) {
+    int64_t first = offsets[l];
+    for (int64_t rank = 0; rank < counts.size(0); ++rank) first += count[rank][first_expert + l];
+    const int64_t length = offsets[l + 1] - first;
+    packed.rows.narrow(0, first, length).zero_();
+    if (packed.row_weights.numel() > 0) packed.row_weights.narrow(0, first, length).zero_();
+  }
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> dispatch_cpu(const at::Tensor& x,
+                                                const std::optional<at::Tensor>& weights,
+                                                const at::Tensor& slot_of_copy,
+                                                const at::Tensor& slot_of_received,
+                                                const at::Tensor& expert_offsets,
+                                                const at::Tensor& counts,
+                                                const at::Tensor& host_counts,
+                                                int64_t top_k,
+                                                int64_t row_alignment,
+                                                const std::string& group_name) {
+  check_dispatch(x, weights, slot_of_copy, top_k);
+  const int64_t num_local = expert_offsets.numel() - 1;
+  if (group_name.empty()) {
+    const int64_t num_slots = slot_bound(slot_of_copy.numel(), num_local, row_alignment);
+    const Packed packed = pack_rows(x, weights, slot_of_copy, top_k, num_slots);
+    write_padding(packed, expert_offsets, counts, 0);
+    return {packed.rows, packed.row_weights};
+  }
+  const int64_t rank = comm::group_rank(group_name);
+  const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);
+  const Packed sent = pack_rows(x, weights, slot_of_copy, top_k, sizes.num_sent);
+  const auto exchange = [&](const at::Tensor& rows) {
+    return comm::all_to_all_rows(rows, sizes.send_rows, sizes.received_rows, group_name);
+  };
+  const at::Tensor received = exchange(sent.rows);
+  const auto received_weights =
+      weights ? std::optional<at::Tensor>(exchange(sent.row_weights)) : std::nullopt;
+  const Packed packed = pack_rows(received, received_weights, slot_of_received, 1, sizes.num_slots);
+  write_padding(packed, expert_offsets, counts, rank * num_local);
+  return {packed.rows, packed.row_weights};
+}
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, CPU, m) { m.impl("dispatch", &dispatch_cpu); }
+
+}  // namespace torch_moe_ep

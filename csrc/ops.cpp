@@ -1,0 +1,51 @@
+// The only TORCH_LIBRARY: every operator's schema, in pipeline order. Each implementation file ends
+// with its TORCH_LIBRARY_IMPL. Letters and contracts: csrc/README.md and <stage>/<stage>.h.
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(torch_moe_ep, m) {
+  // Softmax over all experts and the top_k of it; weights fp32 [T, K] descending, ids int64 [T, K].
+  m.def("route(Tensor logits, int top_k, bool normalize) -> (Tensor weights, Tensor expert_ids)");
+  // Gradient of the logits from that of the weights.
+  m.def(
+      "route_backward(Tensor grad_weights, Tensor logits, Tensor weights, Tensor expert_ids, "
+      "bool normalize) -> Tensor");
+
+  // Where each copy goes: counts meet over the EP group, nothing else travels.
+  m.def(
+      "plan(Tensor expert_ids, int num_experts, int row_alignment, int max_rows, str group_name, "
+      "Tensor(a!) invalid_flag) -> (Tensor slot_of_copy, Tensor slot_of_received, "
+      "Tensor expert_offsets, Tensor counts, Tensor host_counts)");
+  // Expert offsets on the CPU, from a plan's counts: [L + 1], or [0] where the host has no counts.
+  m.def("plan_host_offsets(Tensor host_counts, int row_alignment, str group_name) -> Tensor");
+
+  // Copies to their experts' owners, in expert order; padding rows are zeros.
+  m.def(
+      "dispatch(Tensor x, Tensor? weights, Tensor slot_of_copy, Tensor slot_of_received, "
+      "Tensor expert_offsets, Tensor counts, Tensor host_counts, int top_k, int row_alignment, "
+      "str group_name) -> (Tensor rows, Tensor row_weights)");
+
+  // y = (row_weight * silu(rows gate^T) * (rows up^T)) down^T, expert by expert; differentiable.
+  m.def(
+      "expert_mlp(Tensor rows, Tensor row_weights, Tensor expert_offsets, Tensor host_offsets, "
+      "Tensor gate_up, Tensor down, float weight_grad_scale, int slots_per_pass, "
+      "bool recompute_gate_up) -> Tensor");
+  // The same with z = rows gate_up^T [R, 2I] for backward; [0, 2I] when computed in several passes.
+  m.def(
+      "expert_mlp_forward(Tensor rows, Tensor row_weights, Tensor expert_offsets, "
+      "Tensor host_offsets, Tensor gate_up, Tensor down, int slots_per_pass) "
+      "-> (Tensor y, Tensor z)");
+  // All four gradients; those of the weights are scaled here and nowhere else.
+  m.def(
+      "expert_mlp_backward(Tensor grad_y, Tensor rows, Tensor row_weights, Tensor z, "
+      "Tensor expert_offsets, Tensor host_offsets, Tensor gate_up, Tensor down, "
+      "float weight_grad_scale, int slots_per_pass) -> (Tensor grad_rows, "
+      "Tensor grad_row_weights, Tensor grad_gate_up, Tensor grad_down)");
+
+  // Results back to their tokens, summed over K; its backward adds this rank's copies per expert to
+  // tokens_per_expert.
+  m.def(
+      "combine(Tensor rows, Tensor? row_weights, Tensor slot_of_copy, Tensor slot_of_received, "
+      "Tensor expert_offsets, Tensor counts, Tensor host_counts, int top_k, int row_alignment, "
+      "str group_name, Tensor? tokens_per_expert=None) -> (Tensor x, Tensor weights)");
+}
