@@ -7,6 +7,8 @@
 
 namespace torch_moe_ep::sm80 {
 
+inline constexpr int kFragments = kStepK / 16;  // parts of a step
+
 struct KernelArguments {
   const __nv_bfloat16* a;
   const __nv_bfloat16* b;
@@ -79,41 +81,104 @@ __device__ __forceinline__ void multiply(Accumulators<Config>& acc,
   }
 }
 
-// Over all steps of K, kStages - 1 stages ahead; fragments of the next 16 k are read under the
-// mmas.
+// What the layout makes of a tile.
+template <class Config>
+struct TileProblem {
+  typename Config::OperandA a;
+  typename Config::OperandB b;
+  __nv_bfloat16* out;
+  int steps;
+  int num_rows;
+};
+
+template <class Config>
+__device__ __forceinline__ TileProblem<Config> problem_of(const KernelArguments& args,
+                                                          const Tile& tile) {
+  const int64_t n = args.columns, k = args.a_columns;
+  const int n_end = static_cast<int>(n), k_end = static_cast<int>(k);
+  const __nv_bfloat16* a = args.a + tile.row_begin * k;
+  const __nv_bfloat16* b = args.b;
+  if (Config::kLayout == GemmLayout::kTN) {
+    return {{a, k, tile.m, k_end, tile.num_rows},
+            {b + tile.row_begin * n, n, tile.n, n_end, tile.num_rows},
+            args.out + (tile.expert * k + tile.m) * n + tile.n,
+            tile.num_rows / kStepK,
+            k_end - tile.m};
+  }
+  return {{a, k, tile.m, tile.num_rows, k_end},
+          {b + tile.expert * n * k, Config::kBIsMnMajor ? n : k, tile.n, n_end, k_end},
+          args.out + (static_cast<int64_t>(tile.row_begin) + tile.m) * n + tile.n,
+          (k_end + kStepK - 1) / kStepK,
+          tile.num_rows - tile.m};
+}
+
+// Both operands' share of one of the kFragments parts that a stage is copied in.
+template <class Config, int kPart>
+__device__ __forceinline__ void load_part(TileProblem<Config>& problem, uint32_t stage) {
+  using A = typename Config::OperandA;
+  using B = typename Config::OperandB;
+  constexpr int kShareA = A::kPasses / kFragments, kShareB = B::kPasses / kFragments;
+  problem.a.template load<kPart * kShareA, kShareA>(stage);
+  problem.b.template load<kPart * kShareB, kShareB>(stage + A::kStageBytes);
+  if (kPart + 1 == kFragments) copy_async_commit();
+}
+
+// Positions in the ring of stages, as shared addresses.
+template <class Config>
+struct StageRing {
+  uint32_t begin;
+  uint32_t current;
+
+  __device__ __forceinline__ void next() {
+    current += Config::kStageBytes;
+    if (current == begin + Config::kStages * Config::kStageBytes) current = begin;
+  }
+};
+
+// One part of a step: fragments of the next part are read, and a part of the stage kStages - 1
+// steps ahead is copied (zeros past the last step), under this part's mmas. The next step's first
+// fragments are read under the last part, so that the barrier between steps is not followed by idle
+// tensor cores.
+template <class Config, int kPart>
+__device__ __forceinline__ void multiply_part(Accumulators<Config>& acc,
+                                              Fragments<Config> (&fragments)[2],
+                                              TileProblem<Config>& problem, StageRing<Config>& read,
+                                              StageRing<Config>& write, int warp_m, int warp_n) {
+  load_part<Config, kPart>(problem, write.current);
+  if constexpr (kPart + 1 == kFragments) {
+    write.next();
+    read.next();
+    copy_async_wait<Config::kStages - 2>();
+    __syncthreads();  // the next step is there, and nobody reads this step's stage any more
+  }
+  fragments[(kPart + 1) % 2].load(read.current, warp_m, warp_n, (kPart + 1) % kFragments);
+  multiply<Config>(acc, fragments[kPart % 2]);
+}
+
 template <class Config>
 __device__ __forceinline__ void multiply_tile(Accumulators<Config>& acc,
-                                              const typename Config::OperandA& a,
-                                              const typename Config::OperandB& b, uint32_t shared,
-                                              int steps, int warp_m, int warp_n) {
-  constexpr int kStages = Config::kStages;
-  constexpr int kFragments = kStepK / 16;
-  const auto load_stage = [&](int step) {
-    if (step < steps) {
-      const uint32_t stage = shared + step % kStages * Config::kStageBytes;
-      a.load(stage, step * kStepK);
-      b.load(stage + Config::OperandA::kStageBytes, step * kStepK);
-    }
-    copy_async_commit();  // empty groups keep the count
-  };
-  for (int step = 0; step < kStages - 1; ++step) load_stage(step);
+                                              TileProblem<Config>& problem, uint32_t shared,
+                                              int warp_m, int warp_n) {
+  StageRing<Config> read{shared, shared}, write{shared, shared};
+  for (int step = 0; step < Config::kStages - 1; ++step) {
+    load_part<Config, 0>(problem, write.current);
+    load_part<Config, 1>(problem, write.current);
+    load_part<Config, 2>(problem, write.current);
+    load_part<Config, 3>(problem, write.current);
+    write.next();
+  }
+  copy_async_wait<Config::kStages - 2>();
+  __syncthreads();
   Fragments<Config> fragments[2];
-  for (int step = 0; step < steps; ++step) {
-    copy_async_wait<kStages - 2>();
-    __syncthreads();  // the step is there, and nobody still reads the stage that is written next
-    const uint32_t stage = shared + step % kStages * Config::kStageBytes;
-    fragments[0].load(stage, warp_m, warp_n, 0);
-    load_stage(step + kStages - 1);
-#pragma unroll
-    for (int k16 = 0; k16 < kFragments; ++k16) {
-      if (k16 + 1 < kFragments) {
-        fragments[(k16 + 1) % 2].load(stage, warp_m, warp_n, k16 + 1);
-      }
-      multiply<Config>(acc, fragments[k16 % 2]);
-    }
+  fragments[0].load(read.current, warp_m, warp_n, 0);
+  for (int step = 0; step < problem.steps; ++step) {
+    multiply_part<Config, 0>(acc, fragments, problem, read, write, warp_m, warp_n);
+    multiply_part<Config, 1>(acc, fragments, problem, read, write, warp_m, warp_n);
+    multiply_part<Config, 2>(acc, fragments, problem, read, write, warp_m, warp_n);
+    multiply_part<Config, 3>(acc, fragments, problem, read, write, warp_m, warp_n);
   }
   copy_async_wait<0>();
-  __syncthreads();
+  __syncthreads();  // the epilogue reuses the stages
 }
 
 // Through shared memory, [chunk of 64 columns][row][64 columns] and swizzled like a stage, so that
@@ -153,37 +218,6 @@ __device__ __forceinline__ void store_tile(const Accumulators<Config>& acc, uint
   __syncthreads();  // before the next tile's copies land here
 }
 
-// What the layout makes of a tile.
-template <class Config>
-struct TileProblem {
-  typename Config::OperandA a;
-  typename Config::OperandB b;
-  __nv_bfloat16* out;
-  int steps;
-  int num_rows;
-};
-
-template <class Config>
-__device__ __forceinline__ TileProblem<Config> problem_of(const KernelArguments& args,
-                                                          const Tile& tile) {
-  const int64_t n = args.columns, k = args.a_columns;
-  const int n_end = static_cast<int>(n), k_end = static_cast<int>(k);
-  const __nv_bfloat16* a = args.a + tile.row_begin * k;
-  const __nv_bfloat16* b = args.b;
-  if (Config::kLayout == GemmLayout::kTN) {
-    return {{a, k, tile.m, k_end, tile.num_rows},
-            {b + tile.row_begin * n, n, tile.n, n_end, tile.num_rows},
-            args.out + (tile.expert * k + tile.m) * n + tile.n,
-            tile.num_rows / kStepK,
-            k_end - tile.m};
-  }
-  return {{a, k, tile.m, tile.num_rows, k_end},
-          {b + tile.expert * n * k, Config::kBIsMnMajor ? n : k, tile.n, n_end, k_end},
-          args.out + (static_cast<int64_t>(tile.row_begin) + tile.m) * n + tile.n,
-          (k_end + kStepK - 1) / kStepK,
-          tile.num_rows - tile.m};
-}
-
 template <class Config>
 __global__ void __launch_bounds__(kThreads, 1) grouped_gemm_kernel(const KernelArguments args) {
   extern __shared__ __align__(128) uint8_t shared_bytes[];
@@ -197,9 +231,9 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm_kernel(const KernelA
   TileScheduler<Config::kBlockM, Config::kBlockN, 1, 1> scheduler(table, args.space, 0);
   Tile tile;
   while (scheduler.next(tile)) {
-    const TileProblem<Config> problem = problem_of<Config>(args, tile);
+    TileProblem<Config> problem = problem_of<Config>(args, tile);
     Accumulators<Config> acc = {};
-    multiply_tile<Config>(acc, problem.a, problem.b, shared, problem.steps, warp_m, warp_n);
+    multiply_tile<Config>(acc, problem, shared, warp_m, warp_n);
     store_tile<Config>(acc, shared_bytes, problem.out, args.columns, problem.num_rows,
                        static_cast<int>(args.columns) - tile.n, args.alpha, warp_m, warp_n);
   }

@@ -22,29 +22,53 @@ inline constexpr int kVector = 8;  // bf16 values of a 16-byte access
 inline constexpr int kRowsPerPass =
     kThreads / (64 / kVector);  // rows that all threads copy at once
 
+// What one thread copies of an operand, step after step: 16-byte column threadIdx.x % 8 of every
+// kRowsPerPass-th row of the stage. Past the ends it writes zeros and reads nothing.
 template <bool kIsMnMajor, int kExtent>
 struct Operand {
   static constexpr int kStageBytes = kExtent * kRowBytes;
+  static constexpr int kPasses = kExtent / kRowsPerPass;
 
-  const __nv_bfloat16* data;  // element (0, 0) of the expert's part
-  int64_t pitch;
-  int mn_begin;  // of the tile
-  int mn_end;    // of the expert's part: zeros from here on
-  int k_end;     // likewise
+  const uint8_t* source;  // the thread's next vector
+  int64_t pass_bytes;     // kRowsPerPass rows of global memory
+  int k_left;             // from the thread's first k to the end of K
+  uint32_t pass_mask;     // bit p: the m or n of pass p exists
 
-  __device__ __forceinline__ void load(uint32_t stage, int k_begin) const {
+  // data: element (0, 0) of the expert's part; mn_begin: of the tile; mn_end, k_end: of the part.
+  __device__ __forceinline__ Operand(const __nv_bfloat16* data, int64_t pitch, int mn_begin,
+                                     int mn_end, int k_end) {
+    const int row = threadIdx.x / 8, column = threadIdx.x % 8 * kVector;
+    const int64_t element =
+        kIsMnMajor ? row * pitch + mn_begin + column : (mn_begin + row) * pitch + column;
+    source = reinterpret_cast<const uint8_t*>(data + element);
+    pass_bytes = kRowsPerPass * pitch * static_cast<int64_t>(sizeof(__nv_bfloat16));
+    k_left = k_end - (kIsMnMajor ? row : column);
+    pass_mask = 0;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      // MN-major: two passes of 32 k fill a chunk of 64 m or n.
+      const int mn = mn_begin + (kIsMnMajor ? pass / 2 * 64 + column : row + pass * kRowsPerPass);
+      if (mn < mn_end) pass_mask |= 1u << pass;
+    }
+  }
+
+  // Passes [kFirst, kFirst + kCount) of the copy of the step, to be called in order.
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void load(uint32_t stage) {
     const int row = threadIdx.x / 8, column = threadIdx.x % 8;
     const uint32_t target = stage + row * kRowBytes + (column ^ (row & 7)) * 16;
 #pragma unroll
-    for (int pass = 0; pass < kExtent / kRowsPerPass; ++pass) {
-      // MN-major: two passes of 32 k fill a chunk.
-      const int k = k_begin + (kIsMnMajor ? row + pass % 2 * kRowsPerPass : column * kVector);
-      const int mn =
-          mn_begin + (kIsMnMajor ? pass / 2 * 64 + column * kVector : row + pass * kRowsPerPass);
-      const bool is_inside = k < k_end && mn < mn_end;
-      const int64_t element = kIsMnMajor ? k * pitch + mn : mn * pitch + k;
-      copy_async_16(target + pass * kRowsPerPass * kRowBytes, is_inside ? data + element : data,
-                    is_inside);
+    for (int pass = kFirst; pass < kFirst + kCount; ++pass) {
+      const bool is_inside =
+          (pass_mask >> pass & 1) != 0 && k_left > (kIsMnMajor ? pass % 2 * kRowsPerPass : 0);
+      copy_async_16(target + pass * kRowsPerPass * kRowBytes, source, is_inside);
+      // A moving pointer: one product for each pass would cost two registers each.
+      source += kIsMnMajor && pass % 2 == 1 ? kRowBytes - pass_bytes : pass_bytes;
+    }
+    if (kFirst + kCount == kPasses) {
+      source +=
+          kIsMnMajor ? 2 * pass_bytes - kPasses / 2 * kRowBytes : kRowBytes - kPasses * pass_bytes;
+      k_left -= kStepK;
     }
   }
 };

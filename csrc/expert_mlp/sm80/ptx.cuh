@@ -7,7 +7,7 @@ namespace torch_moe_ep::sm80 {
 
 // 16 bytes from global to shared memory, zeros if !is_inside (then `global` is not read).
 __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global, bool is_inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(is_inside ? 16 : 0)
                : "memory");
 }
