@@ -1,4 +1,8 @@
-"""Prints result files: `python -m benchmarks.results [--plot] [FILES]`; all files by default."""
+"""Prints result files: `python -m benchmarks.results [--plot] [FILES]`; all files by default.
+
+`--readme` rewrites the table between README's markers from the newest layer files, one for GPUs
+and one for CPUs; a test checks that README is up to date.
+"""
 
 import argparse
 import json
@@ -9,6 +13,8 @@ from typing import Any
 from benchmarks.common import RESULTS_DIR
 
 FIXED = ("name", "case", "value", "unit")
+README = Path(__file__).parent.parent / "README.md"
+MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -70,12 +76,50 @@ def plot(path: Path) -> Path:
     return target
 
 
+def readme_tables() -> str:
+    """Markdown tables of the newest layer results, or one sentence where there are none."""
+    parts = []
+    for pattern in ("????-??-??-layer*.json", "????-??-??-layer-cpu*.json"):
+        is_cpu = "cpu" in pattern
+        paths = [p for p in sorted(RESULTS_DIR.glob(pattern)) if is_cpu or "-cpu" not in p.name]
+        if paths:
+            parts.append(_markdown(paths[-1]))
+    return "\n\n".join(parts) or "No result file is in the repository yet."
+
+
+def _markdown(path: Path) -> str:
+    result = read(path)
+    where = result["gpu"] if result["gpu"] != "none" else f"CPU, {result['cpu_threads']} threads"
+    lines = [
+        f"{where}, torch {result['torch']}: `{result['command']}` "
+        f"([file](benchmarks/results/{path.name}))",
+        "",
+        "| case | what | figure | ratio to a dense GEMM |",
+        "|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        ratio = row.get("ratio_to_dense", "")
+        lines.append(f"| {row['case']} | {row['name']} | {row['value']} {row['unit']} | {ratio} |")
+    return "\n".join(lines)
+
+
+def readme_with_tables() -> str:
+    """README's text with the tables of the newest results between the markers."""
+    text = README.read_text()
+    before, rest = text.split(MARKERS[0])
+    _, after = rest.split(MARKERS[1])
+    return f"{before}{MARKERS[0]}\n{readme_tables()}\n{MARKERS[1]}{after}"
+
+
 def main() -> None:
     """Print each file's head and table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--plot", action="store_true", help="write a PNG beside each file")
+    parser.add_argument("--readme", action="store_true", help="rewrite README's table")
     arguments = parser.parse_args()
+    if arguments.readme:
+        README.write_text(readme_with_tables())
     for path in arguments.files or sorted(RESULTS_DIR.glob("*.json")):
         result = read(path)
         head = {key: value for key, value in result.items() if key != "rows"}

@@ -1,0 +1,66 @@
+"""The benchmarks' own machinery: routings, timing, result files, README's table."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common, results
+from benchmarks.routing import ROUTINGS, copies_per_expert, expert_ids
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(256, 8, 2), (512, 128, 8), (64, 4, 1)])
+def test_routing_has_exact_loads_and_distinct_experts_per_token(
+    routing: str, tokens: int, experts: int, top_k: int
+) -> None:
+    """The ids have the loads promised and no token meets an expert twice."""
+    counts = copies_per_expert(routing, tokens, experts, top_k)
+    ids = expert_ids(routing, tokens, experts, top_k)
+    assert ids.shape == (tokens, top_k)
+    assert torch.bincount(ids.flatten(), minlength=experts).tolist() == counts
+    in_order = ids.sort(dim=1).values
+    assert bool((in_order[:, 1:] != in_order[:, :-1]).all())
+    assert routing != "empty" or counts[0] == 0
+
+
+def test_timing_alternates_candidates_and_covers_min_seconds() -> None:
+    """Every candidate runs in every turn, in order."""
+    calls: list[str] = []
+    candidates = [
+        common.Candidate(name, lambda name=name: calls.append(name), 1.0)  # type: ignore[misc]
+        for name in (common.DENSE, "other")
+    ]
+    timings = common.time_turn_about(
+        candidates, torch.device("cpu"), min_seconds=0.0, turns=3
+    )
+    warm_up, rest = calls[:4], calls[4:]
+    assert warm_up == [common.DENSE] * 2 + ["other"] * 2
+    assert rest == [common.DENSE, "other"] * 3
+    rows = common.speed_rows(timings, "case", "1/s", 1.0)
+    assert rows[0]["ratio_to_dense"] == 1.0
+
+
+def test_result_file_has_the_fixed_fields_and_merges(tmp_path: Path) -> None:
+    """A second run from the same commit replaces equal rows and keeps the others."""
+    path = tmp_path / "results.json"
+    row = {"name": "a", "case": "c", "value": 1.0, "unit": "s"}
+    common.write_results("layer", [row, {**row, "case": "d"}], path)
+    common.write_results("layer", [{**row, "value": 2.0}], path)
+    result = results.read(path)
+    assert {(r["case"], r["value"]) for r in result["rows"]} == {("c", 2.0), ("d", 1.0)}
+    path.write_text(json.dumps({"rows": []}))
+    with pytest.raises(ValueError, match="is no result file: date, commit"):
+        results.read(path)
+
+
+def test_every_result_file_of_the_repository_is_readable() -> None:
+    """All of benchmarks/results has the format of the reader."""
+    for path in sorted(common.RESULTS_DIR.glob("*.json")):
+        assert results.format_table(results.read(path)["rows"])
+
+
+def test_readme_table_equals_newest_results() -> None:
+    """`python -m benchmarks.results --readme` would change nothing."""
+    assert results.readme_with_tables() == results.README.read_text()
