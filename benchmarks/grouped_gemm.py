@@ -12,6 +12,7 @@ of the build only torch's own are timed. Rows per expert are rounded to 128.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ def loop(case: Case, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """One matmul an expert; the offsets are known on the host."""
     bounds = case.offsets.tolist()
     pieces = []
-    for expert, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (first, last) in enumerate(itertools.pairwise(bounds)):
         rows = a[first:last]
         if case.layout == "NT":
             pieces.append(rows @ b[expert].T)

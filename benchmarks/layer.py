@@ -14,7 +14,7 @@ import argparse
 import copy
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +26,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from benchmarks import common
 from benchmarks.routing import ROUTINGS, expert_ids
 from torch_moe_ep.config import MoEConfig
-from torch_moe_ep.layer import ExpertParallelExperts
-from torch_moe_ep.parallel.swap import expert_parallel_class
-from torch_moe_ep.testing import relative_error
+from torch_moe_ep.testing import make_local_expert_parallel, relative_error
 
 OURS = "torch_moe_ep"
 RECOMPUTE = "torch_moe_ep recompute"
@@ -141,17 +139,7 @@ def transformers_experts(case: Case, inputs: Inputs, implementation: str) -> nn.
 def our_experts(case: Case, inputs: Inputs, recompute: str = "none") -> nn.Module:
     """The expert-parallel experts module at P = 1, as `apply_expert_parallel` makes it."""
     module = transformers_experts(case, inputs, "eager")
-    module.__class__ = expert_parallel_class(type(module))
-    assert isinstance(module, ExpertParallelExperts)
-    module.setup_expert_parallel(
-        ep_group_name="",
-        ep_size=1,
-        ep_rank=0,
-        num_experts=case.num_experts,
-        weight_grad_scale=1.0,
-        config=replace(MoEConfig(), recompute=recompute),
-    )
-    return module
+    return make_local_expert_parallel(module, MoEConfig(recompute=recompute))
 
 
 def candidates_of(

@@ -90,9 +90,9 @@ def readme_tables() -> str:
 def _markdown(path: Path) -> str:
     result = read(path)
     where = result["gpu"] if result["gpu"] != "none" else f"CPU, {result['cpu_threads']} threads"
+    head = f"{where}, torch {result['torch']}: `{result['command']}`"
     lines = [
-        f"{where}, torch {result['torch']}: `{result['command']}` "
-        f"([file](benchmarks/results/{path.name}))",
+        f"{head} ([file](benchmarks/results/{path.name}))",
         "",
         "| case | what | figure | ratio to a dense GEMM |",
         "|---|---|---|---|",

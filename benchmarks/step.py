@@ -16,9 +16,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from benchmarks import common
-from torch_moe_ep.config import MoEConfig
-from torch_moe_ep.layer import ExpertParallelExperts
-from torch_moe_ep.parallel.swap import expert_parallel_class
+from torch_moe_ep.testing import make_local_expert_parallel
 
 OURS = "torch_moe_ep"
 PEER = "transformers grouped_mm"
@@ -57,22 +55,8 @@ def with_our_experts(stock: MixtralForCausalLM) -> MixtralForCausalLM:
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
     for layer in model.model.layers:
-        _swap(layer.mlp.experts)
+        make_local_expert_parallel(layer.mlp.experts)
     return model
-
-
-def _swap(experts: nn.Module) -> None:
-    """What `apply_expert_parallel` does at P = 1, without a process group."""
-    experts.__class__ = expert_parallel_class(type(experts))
-    assert isinstance(experts, ExpertParallelExperts)
-    experts.setup_expert_parallel(
-        ep_group_name="",
-        ep_size=1,
-        ep_rank=0,
-        num_experts=int(experts.gate_up_proj.shape[0]),
-        weight_grad_scale=1.0,
-        config=MoEConfig(),
-    )
 
 
 def training_step(

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch_moe_ep.ops import DispatchPlan
 
 import torch_moe_ep
+from torch_moe_ep.ops import DispatchPlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -32,9 +32,7 @@ def test_timing_alternates_candidates_and_covers_min_seconds() -> None:
         common.Candidate(name, lambda name=name: calls.append(name), 1.0)  # type: ignore[misc]
         for name in (common.DENSE, "other")
     ]
-    timings = common.time_turn_about(
-        candidates, torch.device("cpu"), min_seconds=0.0, turns=3
-    )
+    timings = common.time_turn_about(candidates, torch.device("cpu"), min_seconds=0.0, turns=3)
     warm_up, rest = calls[:4], calls[4:]
     assert warm_up == [common.DENSE] * 2 + ["other"] * 2
     assert rest == [common.DENSE, "other"] * 3

@@ -67,7 +67,13 @@ def test_block_equals_hugging_face_eager(tokens, fields):
     for name, grad in expected.items():
         if grad is None:
             expected[name] = torch.zeros_like(dict(theirs.named_parameters())[name])
-    assert_close(results_of(ours, x), expected, 1e-5, "block")
+    actual = results_of(ours, x)
+    if ours.gate.top_k == 1:
+        # A single normalised weight is 1 whatever the router says: the gradient is rounding alone.
+        scale = expected["experts.gate_up_proj"].abs().max()
+        for gradients in (actual, expected):
+            assert gradients.pop("gate.weight").abs().max() <= 1e-5 * scale
+    assert_close(actual, expected, 1e-5, "block")
 
 
 def test_trap_09_empty_batch_gives_zero_gradients_not_none():
@@ -263,7 +269,7 @@ def three_steps(config: dict, dtype: torch.dtype) -> list[torch.Tensor]:
         found += [y.detach(), x.grad, weights.grad, *(p.grad.clone() for p in model.parameters())]
         with torch.no_grad():
             for param in model.parameters():
-                param -= 0.01 * param.grad
+                param.sub_(0.01 * param.grad)
                 param.grad = None
     return found
 

@@ -50,7 +50,8 @@ def test_route_gradient_equals_reference(shape, normalize):
     upstream = torch.randn(tokens, top_k, generator=generator)
     ops.route(logits, top_k, normalize)[0].backward(upstream)
     reference.route(expected, top_k, normalize)[0].backward(upstream)
-    scale = max(expected.grad.abs().max().item() if tokens else 0.0, 1e-3)
+    # Top-1 normalised has the gradient zero; the twin's is the rounding of terms that cancel.
+    scale = max(expected.grad.abs().max().item() if tokens else 0.0, 0.1)
     assert tokens == 0 or (logits.grad - expected.grad).abs().max() / scale <= 1e-5
     assert logits.grad.shape == logits.shape
 

@@ -90,7 +90,8 @@ def adversarial_on_rank(wrap_kind: str, ep: int, kinds: list[str], config: dict,
             generator = torch.Generator().manual_seed(source)
             x = torch.randn(len(ids), 16, generator=generator)
             expected = reference(x, ids, weights)
-            (expected.sum() / world).backward()
+            if len(ids) > 0:  # without a token the eager module builds no graph
+                (expected.sum() / world).backward()
             if source == rank:
                 mine = (x.clone().requires_grad_(), ids, weights, expected.detach())
         x, ids, weights, expected = mine
@@ -99,9 +100,9 @@ def adversarial_on_rank(wrap_kind: str, ep: int, kinds: list[str], config: dict,
         errors.append(relative_error(y, expected))
         grads = full_gradients(model)
         for name, param in reference.named_parameters():
-            assert param.grad is not None
-            errors.append(relative_error(grads[name], param.grad))
-            unused = [e for e in range(num_experts) if not param.grad[e].any()]
+            wanted = torch.zeros_like(param) if param.grad is None else param.grad
+            errors.append(relative_error(grads[name], wanted))
+            unused = [e for e in range(num_experts) if not wanted[e].any()]
             assert not grads[name][unused].any(), "an expert without a token has a gradient"
     return max(errors)
 
@@ -118,9 +119,7 @@ def adversarial_on_rank(wrap_kind: str, ep: int, kinds: list[str], config: dict,
 )
 @pytest.mark.parametrize(("wrap_kind", "ep"), [("fsdp2", 2), ("fsdp2", 4), ("none", 4)])
 def test_trap_09_10_adversarial_routing_neither_hangs_nor_errs(ranks, wrap_kind, ep, kinds):
-    errors = ranks(4).run(
-        adversarial_on_rank, wrap_kind, ep, kinds, {}, 4, timeout_s=WATCHDOG_S
-    )
+    errors = ranks(4).run(adversarial_on_rank, wrap_kind, ep, kinds, {}, 4, timeout_s=WATCHDOG_S)
     assert max(errors) <= 1e-5
 
 
@@ -128,9 +127,7 @@ def test_trap_09_10_adversarial_routing_neither_hangs_nor_errs(ranks, wrap_kind,
                          ids=str)  # fmt: skip
 def test_trap_10_several_passes_on_some_ranks_only(ranks, config):
     kinds = ["first", "random", "empty", "last"]
-    errors = ranks(4).run(
-        adversarial_on_rank, "fsdp2", 4, kinds, config, 4, timeout_s=WATCHDOG_S
-    )
+    errors = ranks(4).run(adversarial_on_rank, "fsdp2", 4, kinds, config, 4, timeout_s=WATCHDOG_S)
     assert max(errors) <= 1e-5
 
 

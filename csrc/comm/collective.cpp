@@ -72,7 +72,7 @@ int64_t group_rank(const std::string& group_name) {
 
 at::Tensor all_gather_counts(const at::Tensor& counts, const std::string& group_name) {
   const Group group = c10d::resolve_process_group(group_name);
-  at::Tensor input = counts;
+  at::Tensor input = counts.unsqueeze(0);
   at::Tensor gathered = at::empty({group->getSize(), counts.numel()}, counts.options());
   c10d::AllgatherOptions options;
   options.timeout = collective_timeout();

@@ -10,6 +10,7 @@
 
 #include "common/element_type_of.h"
 #include "expert_mlp/expert_gemms.h"
+#include "expert_mlp/expert_mlp.h"
 #include "expert_mlp/swiglu_kernels.h"
 
 namespace torch_moe_ep {
@@ -102,6 +103,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cuda(const at::Tensor& row
                                                            const at::Tensor& gate_up,
                                                            const at::Tensor& down,
                                                            int64_t slots_per_pass) {
+  check_expert_mlp(rows, row_weights, expert_offsets, host_offsets, gate_up, down);
   const c10::cuda::CUDAGuard guard(rows.device());
   const at::Tensor dense_rows = rows.contiguous();
   const at::Tensor dense_weights = row_weights.contiguous();
@@ -137,6 +139,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     const at::Tensor& down,
     double weight_grad_scale,
     int64_t slots_per_pass) {
+  check_expert_mlp(rows, row_weights, expert_offsets, host_offsets, gate_up, down);
+  check_expert_mlp_backward(grad_y, rows, z, gate_up);
   const c10::cuda::CUDAGuard guard(rows.device());
   const at::Tensor dense_grad = grad_y.contiguous();
   const at::Tensor dense_rows = rows.contiguous();

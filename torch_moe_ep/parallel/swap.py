@@ -47,6 +47,7 @@ def swap_experts(
         num_experts=num_experts,
         weight_grad_scale=weight_grad_scale(config, state.mesh.size(), ep_mesh.size()),
         config=config,
+        device=state.device,
     )
 
 

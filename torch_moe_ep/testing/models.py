@@ -97,6 +97,7 @@ def make_local_expert_parallel(experts: nn.Module, config: Any = None) -> nn.Mod
         num_experts=num_experts,
         weight_grad_scale=1.0,
         config=MoEConfig() if config is None else config,
+        device=experts.get_parameter("gate_up_proj").device,
     )
     return experts
 

@@ -64,9 +64,7 @@ def wrap(
         if "hybrid" in kind:
             options.setdefault("device_mesh", halves(mesh))
         options.setdefault("use_orig_params", True)
-        options.setdefault(
-            "auto_wrap_policy", ModuleWrapPolicy({type(decoder_layers(model)[0])})
-        )
+        options.setdefault("auto_wrap_policy", ModuleWrapPolicy({type(decoder_layers(model)[0])}))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return FSDP1(

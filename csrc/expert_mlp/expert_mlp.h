@@ -1,0 +1,163 @@
+// expert_mlp: the SwiGLU MLP of every local expert over the slots of its segment.
+//
+// R slots, H hidden, I expert width, L local experts. Expert l owns the slots
+// [expert_offsets[l], expert_offsets[l + 1]). With z = rows gate_up[l]^T, gate = z[:I], up = z[I:]:
+//   a = row_weights * silu(gate) * up        y = a down[l]^T
+// The row weight is applied before down, not after: combine is then a plain sum, and backward has
+// the row weight's gradient without another GEMM.
+//
+// expert_mlp_forward(...) ->
+//   y [R, H]                     of rows' dtype.
+//   z [R, 2I]                    what backward reads; [0, 2I] when computed in several passes.
+// expert_mlp_backward(grad_y [R, H], ..., z [R, 2I] or [0, 2I], ...) ->
+//   grad_rows [R, H], grad_row_weights [R] fp32, grad_gate_up [L, 2I, H], grad_down [L, H, I]
+//   z [0, 2I] is computed again. Both weight gradients are multiplied by weight_grad_scale, here
+//   and nowhere else; that of an expert without slots is exactly zero.
+// expert_mlp is forward as a differentiable operator: it keeps its inputs and z for backward, and
+// with recompute_gate_up its inputs alone.
+//
+// rows [R, H]                    float32, bfloat16 or float16
+// row_weights [R]                float32
+// expert_offsets [L + 1]         int64, ascending from 0; on CUDA multiples of 128
+// host_offsets [L + 1] or [0]    int64 on the CPU: expert_offsets where the host knows them
+// gate_up [L, 2I, H]             of rows' dtype and device, gate rows first
+// down [L, H, I]                 likewise
+//
+// Rows from expert_offsets[L] on belong to nobody: they are not read, what comes back in their
+// place is not written, and no result depends on them.
+//
+// slots_per_pass > 0 bounds the intermediate tensors to about so many rows (CUDA: rounded up to
+// 128). The weight gradients of 16-bit types are then summed over the passes in fp32 and rounded
+// once. SwiGLU's arithmetic is fp32 with one rounding to the storage dtype.
+//
+// Not collective. Host sync: none on CUDA, but for GEMMs that loop over experts when host_offsets
+// is empty (expert_gemms.h). Deterministic: no atomics, sums in a fixed order. Once differentiable:
+// backward of backward raises.
+//
+// A wrong dtype, shape or device raises ValueError that names the argument; wrong offsets do so on
+// the CPU alone, since CUDA would have to wait for them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+
+#include "common/checks.h"
+
+namespace torch_moe_ep {
+
+inline void check_expert_weights(const at::Tensor& rows,
+                                 const at::Tensor& gate_up,
+                                 const at::Tensor& down,
+                                 int64_t num_experts) {
+  const auto check_like_rows = [&rows](const at::Tensor& tensor, const char* name) {
+    TORCH_CHECK_VALUE(tensor.scalar_type() == rows.scalar_type(),
+                      name,
+                      " must have rows' dtype ",
+                      rows.scalar_type(),
+                      ", got ",
+                      tensor.scalar_type(),
+                      " (cast one of them, or run under autocast)");
+    check_same_device(tensor, name, rows, "rows");
+  };
+  check_dim(gate_up, "gate_up", 3, "[local experts, 2 * width, hidden]");
+  check_like_rows(gate_up, "gate_up");
+  TORCH_CHECK_VALUE(
+      gate_up.size(0) == num_experts && gate_up.size(1) % 2 == 0 && gate_up.size(2) == rows.size(1),
+      "gate_up must be [",
+      num_experts,
+      ", 2 * width, ",
+      rows.size(1),
+      "] for expert_offsets of ",
+      num_experts,
+      " experts and rows of that hidden size, got shape ",
+      gate_up.sizes(),
+      " (pass this rank's experts, gate rows before up rows)");
+  check_dim(down, "down", 3, "[local experts, hidden, width]");
+  check_like_rows(down, "down");
+  TORCH_CHECK_VALUE(down.size(0) == num_experts && down.size(1) == rows.size(1) &&
+                        down.size(2) == gate_up.size(1) / 2,
+                    "down must be [",
+                    num_experts,
+                    ", ",
+                    rows.size(1),
+                    ", ",
+                    gate_up.size(1) / 2,
+                    "] to follow gate_up, got shape ",
+                    down.sizes(),
+                    " (pass both weights of the same experts)");
+}
+
+// What forward and backward have in common; looks at no tensor's values.
+inline void check_expert_mlp(const at::Tensor& rows,
+                             const at::Tensor& row_weights,
+                             const at::Tensor& expert_offsets,
+                             const at::Tensor& host_offsets,
+                             const at::Tensor& gate_up,
+                             const at::Tensor& down) {
+  check_dim(rows, "rows", 2, "[slots, hidden]");
+  check_element_type(rows, "rows");
+  check_float32(row_weights, "row_weights");
+  check_same_device(row_weights, "row_weights", rows, "rows");
+  TORCH_CHECK_VALUE(row_weights.dim() == 1 && row_weights.size(0) == rows.size(0),
+                    "row_weights must be [",
+                    rows.size(0),
+                    "] as rows, got shape ",
+                    row_weights.sizes(),
+                    " (pass what dispatch returned with rows)");
+  check_int64(expert_offsets, "expert_offsets");
+  check_same_device(expert_offsets, "expert_offsets", rows, "rows");
+  TORCH_CHECK_VALUE(expert_offsets.dim() == 1 && expert_offsets.size(0) >= 1,
+                    "expert_offsets must be [local experts + 1], got shape ",
+                    expert_offsets.sizes(),
+                    " (pass the plan's)");
+  check_int64(host_offsets, "host_offsets");
+  TORCH_CHECK_VALUE(host_offsets.device().is_cpu(),
+                    "host_offsets must be on the CPU, got ",
+                    host_offsets.device(),
+                    " (call .cpu(), or pass an empty tensor)");
+  TORCH_CHECK_VALUE(host_offsets.dim() == 1 && (host_offsets.size(0) == 0 ||
+                                                host_offsets.size(0) == expert_offsets.size(0)),
+                    "host_offsets must be [",
+                    expert_offsets.size(0),
+                    "] as expert_offsets, or [0], got shape ",
+                    host_offsets.sizes(),
+                    " (pass the plan's, or an empty tensor)");
+  check_expert_weights(rows, gate_up, down, expert_offsets.size(0) - 1);
+}
+
+// What backward takes besides, after check_expert_mlp.
+inline void check_expert_mlp_backward(const at::Tensor& grad_y,
+                                      const at::Tensor& rows,
+                                      const at::Tensor& z,
+                                      const at::Tensor& gate_up) {
+  TORCH_CHECK_VALUE(grad_y.sizes() == rows.sizes() && grad_y.scalar_type() == rows.scalar_type(),
+                    "grad_y must be ",
+                    rows.scalar_type(),
+                    " ",
+                    rows.sizes(),
+                    " as rows, got ",
+                    grad_y.scalar_type(),
+                    " ",
+                    grad_y.sizes(),
+                    " (pass the gradient of y as it is)");
+  check_same_device(grad_y, "grad_y", rows, "rows");
+  TORCH_CHECK_VALUE(z.dim() == 2 && z.size(1) == gate_up.size(1) &&
+                        (z.size(0) == rows.size(0) || z.size(0) == 0) &&
+                        z.scalar_type() == rows.scalar_type(),
+                    "z must be ",
+                    rows.scalar_type(),
+                    " [",
+                    rows.size(0),
+                    ", ",
+                    gate_up.size(1),
+                    "], or have no rows to be computed again, got ",
+                    z.scalar_type(),
+                    " ",
+                    z.sizes(),
+                    " (pass what expert_mlp_forward returned)");
+  check_same_device(z, "z", rows, "rows");
+}
+
+}  // namespace torch_moe_ep

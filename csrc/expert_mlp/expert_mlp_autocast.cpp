@@ -1,0 +1,68 @@
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+namespace torch_moe_ep {
+namespace {
+
+at::Tensor call_expert_mlp(const at::Tensor& rows,
+                           const at::Tensor& row_weights,
+                           const at::Tensor& expert_offsets,
+                           const at::Tensor& host_offsets,
+                           const at::Tensor& gate_up,
+                           const at::Tensor& down,
+                           double weight_grad_scale,
+                           int64_t slots_per_pass,
+                           bool recompute_gate_up) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_moe_ep::expert_mlp", "")
+                             .typed<decltype(call_expert_mlp)>();
+  return op.call(rows,
+                 row_weights,
+                 expert_offsets,
+                 host_offsets,
+                 gate_up,
+                 down,
+                 weight_grad_scale,
+                 slots_per_pass,
+                 recompute_gate_up);
+}
+
+// Cast as a matmul would be: the GEMMs' operands to autocast's dtype (weights once per autocast
+// region, by its cache). Row weights stay fp32, as the operator wants them in every dtype.
+template <c10::DeviceType kDevice>
+at::Tensor expert_mlp_autocast(const at::Tensor& rows,
+                               const at::Tensor& row_weights,
+                               const at::Tensor& expert_offsets,
+                               const at::Tensor& host_offsets,
+                               const at::Tensor& gate_up,
+                               const at::Tensor& down,
+                               double weight_grad_scale,
+                               int64_t slots_per_pass,
+                               bool recompute_gate_up) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  return call_expert_mlp(at::autocast::cached_cast(dtype, rows, kDevice),
+                         row_weights,
+                         expert_offsets,
+                         host_offsets,
+                         at::autocast::cached_cast(dtype, gate_up, kDevice),
+                         at::autocast::cached_cast(dtype, down, kDevice),
+                         weight_grad_scale,
+                         slots_per_pass,
+                         recompute_gate_up);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, AutocastCPU, m) {
+  m.impl("expert_mlp", &expert_mlp_autocast<c10::DeviceType::CPU>);
+}
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, AutocastCUDA, m) {
+  m.impl("expert_mlp", &expert_mlp_autocast<c10::DeviceType::CUDA>);
+}
+
+}  // namespace torch_moe_ep

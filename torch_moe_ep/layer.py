@@ -1,0 +1,116 @@
+"""The expert-parallel experts module: plan, dispatch, expert_mlp, combine."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from torch_moe_ep import ops
+from torch_moe_ep.config import MoEConfig
+
+
+class ExpertParallelExperts(nn.Module):
+    """Mixin for a Hugging Face experts class; `torch_moe_ep.parallel.swap` makes the subclass.
+
+    Weights keep Hugging Face's names and global shapes: ``gate_up_proj [E, 2I, H]`` and
+    ``down_proj [E, H, I]``, of which this rank holds L = E / P experts.
+
+    Attributes:
+        tokens_per_expert: int64 ``[E]``, copies of this rank's tokens per global expert, counted
+            once per backward. Read by `torch_moe_ep.metrics`.
+        invalid_flag: int32 ``[1]``, 1 once an expert id out of range was met on CUDA. Read by
+            clipping and by the optimizer's step hook.
+    Both are plain tensors, not buffers: they enter no state dict and no broadcast.
+    """
+
+    tokens_per_expert: torch.Tensor
+    invalid_flag: torch.Tensor
+
+    def setup_expert_parallel(
+        self,
+        *,
+        ep_group_name: str,
+        ep_size: int,
+        ep_rank: int,
+        num_experts: int,
+        weight_grad_scale: float,
+        config: MoEConfig,
+        device: torch.device,
+    ) -> None:
+        """Give the module what the class met does not have.
+
+        Args:
+            ep_group_name: name of the EP process group; "" for P = 1.
+            ep_size: P.
+            ep_rank: this rank in the EP group; it owns the experts [ep_rank * L, ep_rank * L + L).
+            num_experts: E.
+            weight_grad_scale: factor on weight gradients.
+            config: what is chosen.
+            device: where the experts compute.
+        """
+        self.ep_group_name = ep_group_name
+        self.ep_size = ep_size
+        self.ep_rank = ep_rank
+        self.num_global_experts = num_experts
+        self.weight_grad_scale = weight_grad_scale
+        self.moe_config = config
+        self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.invalid_flag = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run every token through its experts, wherever they are.
+
+        Args:
+            hidden_states: ``[..., H]``, T tokens of this rank; T may be 0 and differ by rank.
+            top_k_index: int64 ``[T, K]``, global expert ids.
+            top_k_weights: ``[T, K]``.
+
+        Returns:
+            The same shape and dtype as `hidden_states`.
+
+        P > 1: collective over the EP group, one host sync on CUDA (see `ops.plan`), and a graph
+        break under torch.compile. P = 1: no collective; host syncs of `ops.expert_mlp` only.
+        """
+        run = self._pipeline_eagerly if self.ep_group_name else self._pipeline
+        return run(hidden_states, top_k_index, top_k_weights)
+
+    def _pipeline(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        config = self.moe_config
+        x = hidden_states.reshape(-1, hidden_states.size(-1))
+        plan = ops.plan(
+            top_k_index,
+            self.num_global_experts,
+            group_name=self.ep_group_name,
+            max_rows=config.max_received_rows,
+            invalid_flag=self.invalid_flag,
+        )
+        rows, row_weights = ops.dispatch(x, top_k_weights.float(), plan)
+        y = ops.expert_mlp(
+            rows,
+            row_weights,
+            plan,
+            self._local_weight("gate_up_proj", x.dtype),
+            self._local_weight("down_proj", x.dtype),
+            weight_grad_scale=self.weight_grad_scale,
+            slots_per_pass=config.max_slots,
+            recompute_gate_up=config.recompute == "gate_up",
+        )
+        output = ops.combine(y, plan, tokens_per_expert=self.tokens_per_expert)
+        return output.to(hidden_states.dtype).view(hidden_states.shape)
+
+    # The number of received rows is known at run time alone: nothing for a compiler to specialise.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _pipeline_eagerly(self, *args: Any) -> torch.Tensor:
+        return self._pipeline(*args)
+
+    def _local_weight(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """This rank's experts ``[L, ...]``, in the tokens' dtype where nobody has cast them yet."""
+        weight = self._parameters[name]
+        assert weight is not None
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        return local if torch.is_autocast_enabled(local.device.type) else local.to(dtype)

@@ -1,0 +1,21 @@
+"""The differentiable operators, one module for each stage, in pipeline order.
+
+    weights, expert_ids = route(logits, top_k)                     # or Hugging Face's own router
+    plan = plan(expert_ids, num_experts, group_name=...)           # where each copy goes
+    rows, row_weights = dispatch(x, weights, plan)                 # copies -> expert owners
+    y = expert_mlp(rows, row_weights, plan, gate_up, down)         # silu(gate) * up, per expert
+    x = combine(y, plan)                                           # results -> sum over K
+
+The C++ and CUDA code is in ``csrc``, under the same names; ``torch_moe_ep.reference`` holds
+readable twins in plain torch. T tokens of this rank, K experts per token, N = T * K copies, E
+experts, P ranks of the EP group, L = E / P local experts, R slots, H hidden size, I expert width.
+"""
+
+from torch_moe_ep import _library  # noqa: F401  registers the operators
+from torch_moe_ep.ops.combine import combine
+from torch_moe_ep.ops.dispatch import dispatch
+from torch_moe_ep.ops.expert_mlp import expert_mlp
+from torch_moe_ep.ops.plan import DispatchPlan, plan
+from torch_moe_ep.ops.route import route
+
+__all__ = ["DispatchPlan", "combine", "dispatch", "expert_mlp", "plan", "route"]

@@ -1,0 +1,97 @@
+"""expert_mlp: the SwiGLU MLP of every local expert over its rows."""
+
+import torch
+
+from torch_moe_ep.ops.plan import DispatchPlan
+
+
+def expert_mlp(
+    rows: torch.Tensor,
+    row_weights: torch.Tensor,
+    plan: DispatchPlan,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    weight_grad_scale: float = 1.0,
+    slots_per_pass: int = 0,
+    recompute_gate_up: bool = False,
+) -> torch.Tensor:
+    """Run each expert over its segment of rows.
+
+    For the rows r of expert l: ``z = rows[r] @ gate_up[l].T``,
+    ``a = row_weights[r] * silu(z[:I]) * z[I:]``, ``y[r] = a @ down[l].T``. The router weight is
+    applied before the down projection, which it commutes with, so that `combine` is a plain sum.
+
+    Args:
+        rows: ``[R, H]`` in expert order, float32, bfloat16 or float16, any strides.
+        row_weights: fp32 ``[R]``.
+        plan: gives the segments.
+        gate_up: ``[L, 2I, H]`` of the rows' dtype, gate rows first (Hugging Face's gate_up_proj).
+        down: ``[L, H, I]`` likewise (down_proj).
+        weight_grad_scale: factor on the gradients of `gate_up` and `down`, and on nothing else:
+            the one place where expert gradients are divided by P.
+        slots_per_pass: compute this many rows at once (CUDA: rounded up to 128); 0: all.
+        recompute_gate_up: keep no z for backward, compute it again there.
+
+    Returns:
+        ``[R, H]`` of the rows' dtype. Rows behind the last segment are not written, and whatever
+        they hold in `rows` reaches no result.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+
+    Not collective. Host syncs: none on the CPU and with the hand-written and grouped kernels
+    (bfloat16); the loop over experts that float32, float16 and odd sizes take on CUDA waits once
+    per call for the offsets when P = 1. Deterministic. Differentiable once in `rows`,
+    `row_weights`, `gate_up` and `down`; an expert without rows has zero gradients. Saves `rows`,
+    `row_weights`, the weights, and z ``[R, 2I]`` unless it is recomputed or computed in passes.
+    Under autocast rows and weights are cast as for a matmul.
+    """
+    y: torch.Tensor = torch.ops.torch_moe_ep.expert_mlp(
+        rows,
+        row_weights,
+        plan.expert_offsets,
+        plan.host_offsets(),
+        gate_up,
+        down,
+        weight_grad_scale,
+        slots_per_pass,
+        recompute_gate_up,
+    )
+    return y
+
+
+@torch.library.register_fake("torch_moe_ep::expert_mlp_forward")
+def _expert_mlp_forward_fake(
+    rows: torch.Tensor,
+    row_weights: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    host_offsets: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    slots_per_pass: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    is_one_pass = slots_per_pass <= 0 or slots_per_pass >= rows.size(0)
+    num_z = rows.size(0) if is_one_pass else 0
+    return rows.new_empty(rows.shape), rows.new_empty((num_z, gate_up.size(1)))
+
+
+@torch.library.register_fake("torch_moe_ep::expert_mlp_backward")
+def _expert_mlp_backward_fake(
+    grad_y: torch.Tensor,
+    rows: torch.Tensor,
+    row_weights: torch.Tensor,
+    z: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    host_offsets: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weight_grad_scale: float,
+    slots_per_pass: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        rows.new_empty(rows.shape),
+        row_weights.new_empty(row_weights.shape),
+        gate_up.new_empty(gate_up.shape),
+        down.new_empty(down.shape),
+    )
