@@ -259,6 +259,7 @@ def train(
                 optimizer,
                 step=num_done,
                 scheduler=scheduler,
+                num_kept=arguments.num_kept_checkpoints,
             )
     log.close()
     return log, validation_loss
