@@ -8,6 +8,6 @@ from torch.utils import cpp_extension  # noqa: E402
 
 has_cuda = cpp_extension.CUDA_HOME is not None
 paths = cpp_extension.include_paths("cuda" if has_cuda else "cpu")
-flags = ["-std=c++20", "-fopenmp", "-Icsrc"]
+flags = ["-std=c++20", "-Icsrc"]
 flags += [flag for path in paths for flag in ("-isystem", path)]
 print(" ".join(flags))

@@ -209,9 +209,11 @@ def write_results(
     path = path or RESULTS_DIR / f"{head['date']}-{name}{suffix}.json"
     if path.exists():
         old = json.loads(path.read_text())
-        if (old["commit"], old["gpu"]) == (head["commit"], head["gpu"]):
-            return _merge(path, old, head, rows)
-        path = path.with_stem(f"{path.stem}-{head['commit'][:8]}")
+        if (old["commit"], old["gpu"]) != (head["commit"], head["gpu"]):
+            return write_results(
+                name, rows, path.with_stem(f"{path.stem}-{head['commit'][:8]}"), commit
+            )
+        return _merge(path, old, head, rows)
     _write(path, {**head, "rows": list(rows)})
     return path
 

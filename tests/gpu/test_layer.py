@@ -50,7 +50,14 @@ def test_layer_float32_equals_hugging_face_eager(top_k: int, output_router_logit
     overrides = {"num_experts_per_tok": top_k, "output_router_logits": output_router_logits}
     with poisoned_memory():
         ours = gradients_of(True, **overrides)
-    assert_close(ours, gradients_of(False, **overrides), 1e-5, "gradients")
+    expected = gradients_of(False, **overrides)
+    if top_k == 1 and not output_router_logits:
+        # A single normalised weight is 1 whatever the router says: the gradient is rounding alone.
+        for name in [name for name in expected if name.endswith("gate.weight")]:
+            scale = expected[name.replace("gate.weight", "experts.gate_up_proj")].abs().max()
+            for gradients in (ours, expected):
+                assert gradients.pop(name).abs().max() <= 1e-5 * scale
+    assert_close(ours, expected, 1e-5, "gradients")
 
 
 def test_layer_twice_is_bit_equal() -> None:
