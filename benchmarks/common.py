@@ -203,8 +203,7 @@ def write_results(
     (name, case, unit) are replaced, so a grid may be split over several runs. Any other file
     there is kept and the new one gets the commit's first letters in its name.
     """
-    program = f"python -m benchmarks.{name}"
-    head = {**machine(commit), "command": f"{program} {shlex.join(sys.argv[1:])}".strip()}
+    head = {**machine(commit), "command": _command_of(name)}
     suffix = "" if head["gpu"] != "none" else "-cpu"
     path = path or RESULTS_DIR / f"{head['date']}-{name}{suffix}.json"
     if path.exists():
@@ -216,6 +215,18 @@ def write_results(
         return _merge(path, old, head, rows)
     _write(path, {**head, "rows": list(rows)})
     return path
+
+
+def _command_of(name: str) -> str:
+    """The command that measures the same, wherever the file goes."""
+    words = ["python", "-m", f"benchmarks.{name}"]
+    arguments = iter(sys.argv[1:])
+    for word in arguments:
+        if word in ("--output", "--commit"):
+            next(arguments, None)
+        else:
+            words.append(word)
+    return shlex.join(words)
 
 
 def _merge(

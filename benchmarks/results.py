@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS_DIR
+from benchmarks.common import DENSE, RESULTS_DIR
 
 FIXED = ("name", "case", "value", "unit")
 README = Path(__file__).parent.parent / "README.md"
@@ -88,18 +88,28 @@ def readme_tables() -> str:
 
 
 def _markdown(path: Path) -> str:
+    """One line a case, one column a candidate: the ratio to the dense GEMM of the same loop."""
     result = read(path)
     where = result["gpu"] if result["gpu"] != "none" else f"CPU, {result['cpu_threads']} threads"
-    head = f"{where}, torch {result['torch']}: `{result['command']}`"
+    speeds = [row for row in result["rows"] if "ratio_to_dense" in row]
+    names = list(dict.fromkeys(row["name"] for row in speeds))
+    names.sort(key=lambda name: (name != DENSE, not name.startswith("torch_moe_ep")))
+    cells = {
+        (row["case"], row["name"]): (
+            f"{row['value']:.0f} {row['unit']}" if row["name"] == DENSE else row["ratio_to_dense"]
+        )
+        for row in speeds
+    }
+    command = f"python -m benchmarks.results benchmarks/results/{path.name}"
     lines = [
-        f"{head} ([file](benchmarks/results/{path.name}))",
+        f"{where}, torch {result['torch']}: `{result['command']}`; `{command}` prints it whole.",
         "",
-        "| case | what | figure | ratio to a dense GEMM |",
-        "|---|---|---|---|",
+        f"| case | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
     ]
-    for row in result["rows"]:
-        ratio = row.get("ratio_to_dense", "")
-        lines.append(f"| {row['case']} | {row['name']} | {row['value']} {row['unit']} | {ratio} |")
+    for case in dict.fromkeys(row["case"] for row in speeds):
+        ratios = " | ".join(str(cells.get((case, name), "")) for name in names)
+        lines.append(f"| {case} | {ratios} |")
     return "\n".join(lines)
 
 
@@ -120,6 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.readme:
         README.write_text(readme_with_tables())
+        return
     for path in arguments.files or sorted(RESULTS_DIR.glob("*.json")):
         result = read(path)
         head = {key: value for key, value in result.items() if key != "rows"}

@@ -19,12 +19,12 @@ cudaError_t device_limits(DeviceLimits* limits) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&limits->num_multiprocessors, cudaDevAttrMultiProcessorCount,
-                                   device);
+    error = cudaDeviceGetAttribute(
+        &limits->num_multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
   if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                   device);
+    error = cudaDeviceGetAttribute(
+        &limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   return error;
 }
@@ -48,9 +48,9 @@ cudaError_t launch(const GroupedGemmParams& params, int num_multiprocessors, cud
   args.space.group_m = 8;
   const int64_t max_tiles =
       (is_tn ? s.num_experts * tiles_m : s.rows / Config::kBlockM) * args.space.tiles_n;
-  const cudaError_t error =
-      cudaFuncSetAttribute(grouped_gemm_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           Config::kSharedBytes);
+  const cudaError_t error = cudaFuncSetAttribute(grouped_gemm_kernel<Config>,
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 Config::kSharedBytes);
   if (error != cudaSuccess) return error;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(max_tiles, num_multiprocessors));
   grouped_gemm_kernel<Config><<<blocks, kThreads, Config::kSharedBytes, stream>>>(args);
@@ -59,7 +59,8 @@ cudaError_t launch(const GroupedGemmParams& params, int num_multiprocessors, cud
 
 // 128 x 256 needs 148 KiB of shared memory (8.0, 9.0); other devices have 99 KiB.
 template <GemmLayout kLayout>
-cudaError_t launch_layout(const GroupedGemmParams& params, int max_shared_bytes,
+cudaError_t launch_layout(const GroupedGemmParams& params,
+                          int max_shared_bytes,
                           cudaStream_t stream) {
   using Wide = KernelConfig<kLayout, 256, 3>;
   using Narrow = KernelConfig<kLayout, 128, 2>;
@@ -100,7 +101,8 @@ const char* refusal(const GroupedGemmShape& shape) {
   return nullptr;
 }
 
-cudaError_t grouped_gemm_within(const GroupedGemmParams& params, int max_shared_bytes,
+cudaError_t grouped_gemm_within(const GroupedGemmParams& params,
+                                int max_shared_bytes,
                                 cudaStream_t stream) {
   const GroupedGemmShape& s = params.shape;
   if (!is_supported(s)) return cudaErrorInvalidValue;

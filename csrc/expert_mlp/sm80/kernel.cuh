@@ -61,8 +61,9 @@ struct Fragments {
 #pragma unroll
     for (int j = 0; j < Config::kBlocksN; ++j) {
       load_matrix_x4<Config::kBIsMnMajor>(
-          b[j], fragment_address<Config::kBIsMnMajor, true>(stage + Config::OperandA::kStageBytes,
-                                                            warp_n + j * 16, k16));
+          b[j],
+          fragment_address<Config::kBIsMnMajor, true>(
+              stage + Config::OperandA::kStageBytes, warp_n + j * 16, k16));
     }
   }
 };
@@ -142,8 +143,11 @@ struct StageRing {
 template <class Config, int kPart>
 __device__ __forceinline__ void multiply_part(Accumulators<Config>& acc,
                                               Fragments<Config> (&fragments)[2],
-                                              TileProblem<Config>& problem, StageRing<Config>& read,
-                                              StageRing<Config>& write, int warp_m, int warp_n) {
+                                              TileProblem<Config>& problem,
+                                              StageRing<Config>& read,
+                                              StageRing<Config>& write,
+                                              int warp_m,
+                                              int warp_n) {
   load_part<Config, kPart>(problem, write.current);
   if constexpr (kPart + 1 == kFragments) {
     write.next();
@@ -157,8 +161,10 @@ __device__ __forceinline__ void multiply_part(Accumulators<Config>& acc,
 
 template <class Config>
 __device__ __forceinline__ void multiply_tile(Accumulators<Config>& acc,
-                                              TileProblem<Config>& problem, uint32_t shared,
-                                              int warp_m, int warp_n) {
+                                              TileProblem<Config>& problem,
+                                              uint32_t shared,
+                                              int warp_m,
+                                              int warp_n) {
   StageRing<Config> read{shared, shared}, write{shared, shared};
   for (int step = 0; step < Config::kStages - 1; ++step) {
     load_part<Config, 0>(problem, write.current);
@@ -184,9 +190,15 @@ __device__ __forceinline__ void multiply_tile(Accumulators<Config>& acc,
 // Through shared memory, [chunk of 64 columns][row][64 columns] and swizzled like a stage, so that
 // global memory is written 16 bytes a thread. `out`: element (0, 0) of the tile.
 template <class Config>
-__device__ __forceinline__ void store_tile(const Accumulators<Config>& acc, uint8_t* shared,
-                                           __nv_bfloat16* out, int64_t pitch, int num_rows,
-                                           int num_columns, float alpha, int warp_m, int warp_n) {
+__device__ __forceinline__ void store_tile(const Accumulators<Config>& acc,
+                                           uint8_t* shared,
+                                           __nv_bfloat16* out,
+                                           int64_t pitch,
+                                           int num_rows,
+                                           int num_columns,
+                                           float alpha,
+                                           int warp_m,
+                                           int warp_n) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < Config::kBlocksM; ++i) {
@@ -234,8 +246,15 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm_kernel(const KernelA
     TileProblem<Config> problem = problem_of<Config>(args, tile);
     Accumulators<Config> acc = {};
     multiply_tile<Config>(acc, problem, shared, warp_m, warp_n);
-    store_tile<Config>(acc, shared_bytes, problem.out, args.columns, problem.num_rows,
-                       static_cast<int>(args.columns) - tile.n, args.alpha, warp_m, warp_n);
+    store_tile<Config>(acc,
+                       shared_bytes,
+                       problem.out,
+                       args.columns,
+                       problem.num_rows,
+                       static_cast<int>(args.columns) - tile.n,
+                       args.alpha,
+                       warp_m,
+                       warp_n);
   }
 }
 

@@ -35,8 +35,8 @@ struct Operand {
   uint32_t pass_mask;     // bit p: the m or n of pass p exists
 
   // data: element (0, 0) of the expert's part; mn_begin: of the tile; mn_end, k_end: of the part.
-  __device__ __forceinline__ Operand(const __nv_bfloat16* data, int64_t pitch, int mn_begin,
-                                     int mn_end, int k_end) {
+  __device__ __forceinline__
+  Operand(const __nv_bfloat16* data, int64_t pitch, int mn_begin, int mn_end, int k_end) {
     const int row = threadIdx.x / 8, column = threadIdx.x % 8 * kVector;
     const int64_t element =
         kIsMnMajor ? row * pitch + mn_begin + column : (mn_begin + row) * pitch + column;

@@ -7,7 +7,8 @@ namespace torch_moe_ep::sm80 {
 
 // 16 bytes from global to shared memory, zeros if !is_inside (then `global` is not read).
 __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global, bool is_inside) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
+               "l"(global),
                "r"(is_inside ? 16 : 0)
                : "memory");
 }
@@ -36,8 +37,10 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&words)[4], uint32_t sh
 }
 
 // acc [16, 8] += a [16, 16] b [16, 8]
-__device__ __forceinline__ void multiply_16x8x16(float (&acc)[4], const uint32_t (&a)[4],
-                                                 uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply_16x8x16(float (&acc)[4],
+                                                 const uint32_t (&a)[4],
+                                                 uint32_t b0,
+                                                 uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"

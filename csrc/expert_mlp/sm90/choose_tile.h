@@ -23,7 +23,8 @@ struct TileConfig {
 TileConfig choose_tile(const GroupedGemmShape& shape);
 
 // As grouped_gemm of grouped_gemm.h with the tile given; cudaErrorInvalidValue if no kernel has it.
-cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params, const TileConfig& tile,
+cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params,
+                                   const TileConfig& tile,
                                    cudaStream_t stream);
 
 }  // namespace torch_moe_ep::sm90

@@ -45,8 +45,8 @@ __device__ __forceinline__ int store_row(int thread) {
 }
 
 // 64 rows x 64 columns into a chunk with the 128-byte swizzle. values: 32 accumulator words.
-__device__ __forceinline__ void write_chunk(uint32_t buffer, const float* values, float alpha,
-                                            bool is_zero, int thread) {
+__device__ __forceinline__ void write_chunk(
+    uint32_t buffer, const float* values, float alpha, bool is_zero, int thread) {
   const int row = store_row(thread);
   const int lane_column = thread % 32 / 16;
 #pragma unroll
@@ -66,8 +66,13 @@ __device__ __forceinline__ void write_chunk(uint32_t buffer, const float* values
 // nothing.
 template <class Config>
 __device__ __forceinline__ void store_tile(
-    const float (&acc)[Config::kRowBlocks][Config::kBlockN / 2], const KernelArguments& args,
-    StoreBuffers<Config>& buffers, int row, int column, int expert, bool is_zero) {
+    const float (&acc)[Config::kRowBlocks][Config::kBlockN / 2],
+    const KernelArguments& args,
+    StoreBuffers<Config>& buffers,
+    int row,
+    int column,
+    int expert,
+    bool is_zero) {
   const float alpha = Config::kLayout == GemmLayout::kTN ? args.alpha : 1.0f;
 #pragma unroll
   for (int block = 0; block < Config::kRowBlocks; ++block) {
@@ -91,8 +96,10 @@ __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __e
 
 // 64 rows x (32 gate + 32 up) accumulators, 8 gate and 8 up columns by turns, into three 64 x 32
 // chunks with the 64-byte swizzle: gate, up and row_weight * silu(gate) * up.
-__device__ __forceinline__ void write_swiglu_chunk(uint32_t buffer, const float* values,
-                                                   const float (&row_weights)[2], int thread) {
+__device__ __forceinline__ void write_swiglu_chunk(uint32_t buffer,
+                                                   const float* values,
+                                                   const float (&row_weights)[2],
+                                                   int thread) {
   constexpr int kPartBytes = 64 * 64;
   const int row = store_row(thread);
   const int lane_column = thread % 32 / 16;
@@ -113,15 +120,18 @@ __device__ __forceinline__ void write_swiglu_chunk(uint32_t buffer, const float*
     const uint32_t address = buffer + row * 64 + column * 16;
     store_matrix_x4(address, gate[0], gate[1], gate[2], gate[3]);
     store_matrix_x4(address + kPartBytes, up[0], up[1], up[2], up[3]);
-    store_matrix_x4(address + 2 * kPartBytes, activation[0], activation[1], activation[2],
-                    activation[3]);
+    store_matrix_x4(
+        address + 2 * kPartBytes, activation[0], activation[1], activation[2], activation[3]);
   }
 }
 
 template <class Config>
 __device__ __forceinline__ void store_swiglu_tile(
-    const float (&acc)[Config::kRowBlocks][Config::kBlockN / 2], const KernelArguments& args,
-    StoreBuffers<Config>& buffers, int row, int column) {
+    const float (&acc)[Config::kRowBlocks][Config::kBlockN / 2],
+    const KernelArguments& args,
+    StoreBuffers<Config>& buffers,
+    int row,
+    int column) {
   constexpr int kPartBytes = 64 * 64;
 #pragma unroll
   for (int block = 0; block < Config::kRowBlocks; ++block) {

@@ -5,16 +5,30 @@ namespace torch_moe_ep::sm90 {
 namespace {
 
 // Block M, block N, ping-pong, cluster M, cluster N, stages, store buffers of each group.
-template <int kBlockM, int kBlockN, bool kIsPingPong, int kClusterM, int kClusterN, int kStages,
+template <int kBlockM,
+          int kBlockN,
+          bool kIsPingPong,
+          int kClusterM,
+          int kClusterN,
+          int kStages,
           int kStoreBuffers>
-using Kernel = KernelConfig<GemmLayout::kNN, kBlockM, kBlockN, kIsPingPong, kClusterM, kClusterN,
-                            kStages, kStoreBuffers>;
+using Kernel = KernelConfig<GemmLayout::kNN,
+                            kBlockM,
+                            kBlockN,
+                            kIsPingPong,
+                            kClusterM,
+                            kClusterN,
+                            kStages,
+                            kStoreBuffers>;
 
 }  // namespace
 
-cudaError_t launch_nn(const TileConfig& tile, const KernelArguments& args, int64_t max_super_tiles,
+cudaError_t launch_nn(const TileConfig& tile,
+                      const KernelArguments& args,
+                      int64_t max_super_tiles,
                       cudaStream_t stream) {
-  return launch_one_of<Kernel<128, 256, false, 2, 1, 4, 1>, Kernel<128, 256, false, 1, 1, 4, 1>,
+  return launch_one_of<Kernel<128, 256, false, 2, 1, 4, 1>,
+                       Kernel<128, 256, false, 1, 1, 4, 1>,
                        Kernel<128, 192, true, 2, 1, 5, 1>>(tile, args, max_super_tiles, stream);
 }
 

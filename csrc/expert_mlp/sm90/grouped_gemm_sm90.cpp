@@ -15,17 +15,18 @@ constexpr int kChunk = 64;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A stack of row-major matrices [depth, rows, columns], read or written in boxes of 64 columns.
-TensorMapSpec matrices(const void* address, int64_t columns, int64_t rows, int64_t depth,
-                       int box_rows) {
+TensorMapSpec matrices(
+    const void* address, int64_t columns, int64_t rows, int64_t depth, int box_rows) {
   const auto c = static_cast<uint64_t>(columns), r = static_cast<uint64_t>(rows);
   TensorMapSpec spec = {};
   spec.address = address;
   spec.rank = 3;
-  std::copy_n(std::initializer_list<uint64_t>{c, r, static_cast<uint64_t>(depth)}.begin(), 3,
-              spec.sizes);
+  std::copy_n(
+      std::initializer_list<uint64_t>{c, r, static_cast<uint64_t>(depth)}.begin(), 3, spec.sizes);
   std::copy_n(std::initializer_list<uint64_t>{c, c * r}.begin(), 2, spec.strides);
   std::copy_n(std::initializer_list<uint32_t>{kChunk, static_cast<uint32_t>(box_rows), 1}.begin(),
-              3, spec.box);
+              3,
+              spec.box);
   spec.swizzle = Swizzle::k128Bytes;
   return spec;
 }
@@ -55,11 +56,16 @@ TensorMapSpec gate_up_halves(const GroupedGemmParams& params) {
 TensorMapSpec activation_chunks(const GroupedGemmParams& params) {
   const auto width = static_cast<uint64_t>(params.shape.columns / 2);
   const auto rows = static_cast<uint64_t>(params.shape.rows);
-  return {params.activation,     3,           {width, rows, 1},
-          {width, width * rows}, {32, 64, 1}, Swizzle::k64Bytes};
+  return {params.activation,
+          3,
+          {width, rows, 1},
+          {width, width * rows},
+          {32, 64, 1},
+          Swizzle::k64Bytes};
 }
 
-cudaError_t encode_all(const GroupedGemmParams& params, const TileConfig& tile,
+cudaError_t encode_all(const GroupedGemmParams& params,
+                       const TileConfig& tile,
                        KernelArguments* args) {
   const GroupedGemmShape& s = params.shape;
   // A K-major operand that a cluster shares is halved by rows, an MN-major one along K.
@@ -119,7 +125,8 @@ const char* refusal(const GroupedGemmShape& shape) {
   return nullptr;
 }
 
-cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params, const TileConfig& tile,
+cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params,
+                                   const TileConfig& tile,
                                    cudaStream_t stream) {
   const GroupedGemmShape& s = params.shape;
   if (!is_supported(s)) return cudaErrorInvalidValue;
@@ -135,7 +142,8 @@ cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params, const TileCo
   args.space.expert_offsets = params.expert_offsets;
   args.space.num_experts = static_cast<int>(s.num_experts);
   args.space.fixed_tiles_m = is_tn ? static_cast<int>(ceil_div(s.a_columns, super_m)) : 0;
-  args.space.tiles_n = static_cast<int>(ceil_div(s.columns, tile.block_n * tile.cluster_n));
+  args.space.tiles_n =
+      static_cast<int>(ceil_div(s.columns, int64_t{tile.block_n} * tile.cluster_n));
   args.space.group_m = tile.group_m;
   args.k_steps = is_tn ? 0 : static_cast<int>(ceil_div(s.a_columns, kStepK));
   args.out_rows = is_tn ? static_cast<int>(s.a_columns) : 0;

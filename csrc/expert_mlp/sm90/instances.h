@@ -7,13 +7,21 @@
 namespace torch_moe_ep::sm90 {
 
 // cudaErrorInvalidValue if no instance has the tile. max_super_tiles bounds the grid.
-cudaError_t launch_nt(const TileConfig& tile, const KernelArguments& args, int64_t max_super_tiles,
+cudaError_t launch_nt(const TileConfig& tile,
+                      const KernelArguments& args,
+                      int64_t max_super_tiles,
                       cudaStream_t stream);
-cudaError_t launch_nt_swiglu(const TileConfig& tile, const KernelArguments& args,
-                             int64_t max_super_tiles, cudaStream_t stream);
-cudaError_t launch_nn(const TileConfig& tile, const KernelArguments& args, int64_t max_super_tiles,
+cudaError_t launch_nt_swiglu(const TileConfig& tile,
+                             const KernelArguments& args,
+                             int64_t max_super_tiles,
+                             cudaStream_t stream);
+cudaError_t launch_nn(const TileConfig& tile,
+                      const KernelArguments& args,
+                      int64_t max_super_tiles,
                       cudaStream_t stream);
-cudaError_t launch_tn(const TileConfig& tile, const KernelArguments& args, int64_t max_super_tiles,
+cudaError_t launch_tn(const TileConfig& tile,
+                      const KernelArguments& args,
+                      int64_t max_super_tiles,
                       cudaStream_t stream);
 
 }  // namespace torch_moe_ep::sm90

@@ -32,7 +32,8 @@ struct TurnOrder {
 
 template <class Config, class Scheduler>
 __device__ __forceinline__ void consume(const KernelArguments& args,
-                                        const SharedLayout<Config>& shared, Scheduler scheduler) {
+                                        const SharedLayout<Config>& shared,
+                                        Scheduler scheduler) {
   const int group = threadIdx.x / kGroupThreads - 1;
   const int thread = threadIdx.x % kGroupThreads;
   const int first_row = Config::kIsPingPong ? 0 : group * Config::kGroupRows;

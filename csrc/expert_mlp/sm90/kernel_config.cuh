@@ -19,8 +19,15 @@ inline constexpr int kThreads = (1 + kConsumerGroups) * kGroupThreads;
 inline constexpr int kMaxStages = 8;
 inline constexpr int kMaxSharedBytes = 232448;  // what a CTA may have on sm_90
 
-template <GemmLayout kLayout_, int kBlockM_, int kBlockN_, bool kIsPingPong_, int kClusterM_,
-          int kClusterN_, int kStages_, int kStoreBuffers_, bool kHasSwiglu_ = false>
+template <GemmLayout kLayout_,
+          int kBlockM_,
+          int kBlockN_,
+          bool kIsPingPong_,
+          int kClusterM_,
+          int kClusterN_,
+          int kStages_,
+          int kStoreBuffers_,
+          bool kHasSwiglu_ = false>
 struct KernelConfig {
   static constexpr GemmLayout kLayout = kLayout_;
   static constexpr int kBlockM = kBlockM_;

@@ -23,8 +23,8 @@ cudaError_t num_resident_clusters(cudaLaunchConfig_t config, int* clusters) {
 template <class Config>
 cudaError_t launch(const KernelArguments& args, int64_t max_super_tiles, cudaStream_t stream) {
   const auto kernel = grouped_gemm_kernel<Config>;
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           Config::kSharedBytes);
+  cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -47,8 +47,10 @@ cudaError_t launch(const KernelArguments& args, int64_t max_super_tiles, cudaStr
 
 // The first instance whose tile is asked for.
 template <class... Configs>
-cudaError_t launch_one_of(const TileConfig& tile, const KernelArguments& args,
-                          int64_t max_super_tiles, cudaStream_t stream) {
+cudaError_t launch_one_of(const TileConfig& tile,
+                          const KernelArguments& args,
+                          int64_t max_super_tiles,
+                          cudaStream_t stream) {
   cudaError_t error = cudaErrorInvalidValue;
   const auto try_config = [&]<class Config>() {
     TileConfig wanted = tile;

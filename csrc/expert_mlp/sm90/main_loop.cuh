@@ -55,8 +55,11 @@ __device__ __forceinline__ void multiply_stage(
 template <class Config, class OnIssued>
 __device__ __forceinline__ void multiply_tile(float (&acc)[Config::kRowBlocks][Config::kBlockN / 2],
                                               const SharedLayout<Config>& shared,
-                                              Ring<Config::kStages>& ring, int steps, int first_row,
-                                              int thread, OnIssued on_issued) {
+                                              Ring<Config::kStages>& ring,
+                                              int steps,
+                                              int first_row,
+                                              int thread,
+                                              OnIssued on_issued) {
   using LayoutA = OperandLayout<Config::kTransposeA, (Config::kClusterN > 1), Config::kBlockM>;
   const uint32_t a_offset = first_row / kChunk * LayoutA::kChunkBytes;
   int previous = 0;
@@ -78,7 +81,9 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[Config::kRowBlocks][C
 // A part that nobody stores (past its segment or past the matrix): keeps the stages turning.
 template <class Config>
 __device__ __forceinline__ void discard_tile(const SharedLayout<Config>& shared,
-                                             Ring<Config::kStages>& ring, int steps, int thread) {
+                                             Ring<Config::kStages>& ring,
+                                             int steps,
+                                             int thread) {
   for (int step = 0; step < steps; ++step) {
     barrier_wait(shared.full(ring.stage), ring.phase);
     release_stage<Config>(shared.empty(ring.stage), thread);

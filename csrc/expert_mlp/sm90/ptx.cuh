@@ -62,53 +62,93 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-__device__ __forceinline__ void tma_load_3d(uint32_t shared, const CUtensorMap& map,
-                                            uint32_t barrier, int x0, int x1, int x2) {
+__device__ __forceinline__ void tma_load_3d(
+    uint32_t shared, const CUtensorMap& map, uint32_t barrier, int x0, int x1, int x2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared),
-      "l"(&map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2)
+      "l"(&map),
+      "r"(barrier),
+      "r"(x0),
+      "r"(x1),
+      "r"(x2)
       : "memory");
 }
 
 // Lands at the same offset, and completes on the same barrier, in every CTA of cta_mask.
-__device__ __forceinline__ void tma_load_3d_multicast(uint32_t shared, const CUtensorMap& map,
-                                                      uint32_t barrier, int x0, int x1, int x2,
+__device__ __forceinline__ void tma_load_3d_multicast(uint32_t shared,
+                                                      const CUtensorMap& map,
+                                                      uint32_t barrier,
+                                                      int x0,
+                                                      int x1,
+                                                      int x2,
                                                       uint16_t cta_mask) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared),
-      "l"(&map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "h"(cta_mask)
+      "l"(&map),
+      "r"(barrier),
+      "r"(x0),
+      "r"(x1),
+      "r"(x2),
+      "h"(cta_mask)
       : "memory");
 }
 
-__device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap& map,
-                                            uint32_t barrier, int x0, int x1, int x2, int x3,
+__device__ __forceinline__ void tma_load_5d(uint32_t shared,
+                                            const CUtensorMap& map,
+                                            uint32_t barrier,
+                                            int x0,
+                                            int x1,
+                                            int x2,
+                                            int x3,
                                             int x4) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
-      "l"(&map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4)
+      "l"(&map),
+      "r"(barrier),
+      "r"(x0),
+      "r"(x1),
+      "r"(x2),
+      "r"(x3),
+      "r"(x4)
       : "memory");
 }
 
-__device__ __forceinline__ void tma_load_5d_multicast(uint32_t shared, const CUtensorMap& map,
-                                                      uint32_t barrier, int x0, int x1, int x2,
-                                                      int x3, int x4, uint16_t cta_mask) {
+__device__ __forceinline__ void tma_load_5d_multicast(uint32_t shared,
+                                                      const CUtensorMap& map,
+                                                      uint32_t barrier,
+                                                      int x0,
+                                                      int x1,
+                                                      int x2,
+                                                      int x3,
+                                                      int x4,
+                                                      uint16_t cta_mask) {
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
-      "l"(&map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "h"(cta_mask)
+      "l"(&map),
+      "r"(barrier),
+      "r"(x0),
+      "r"(x1),
+      "r"(x2),
+      "r"(x3),
+      "r"(x4),
+      "h"(cta_mask)
       : "memory");
 }
 
 // ---- TMA: shared to global, in bulk groups of the issuing thread ----
 
-__device__ __forceinline__ void tma_store_3d(const CUtensorMap& map, uint32_t shared, int x0,
-                                             int x1, int x2) {
+__device__ __forceinline__ void tma_store_3d(
+    const CUtensorMap& map, uint32_t shared, int x0, int x1, int x2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
-      "r"(shared), "r"(x0), "r"(x1), "r"(x2)
+      "r"(shared),
+      "r"(x0),
+      "r"(x1),
+      "r"(x2)
       : "memory");
 }
 
@@ -166,10 +206,13 @@ __device__ __forceinline__ void increase_registers() {
 
 // ---- stmatrix: four 8x8 bf16 matrices; lane l gives the address of row l % 8 of matrix l / 8 ----
 
-__device__ __forceinline__ void store_matrix_x4(uint32_t shared, uint32_t m0, uint32_t m1,
-                                                uint32_t m2, uint32_t m3) {
+__device__ __forceinline__ void store_matrix_x4(
+    uint32_t shared, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
-               "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+               "r"(m0),
+               "r"(m1),
+               "r"(m2),
+               "r"(m3)
                : "memory");
 }
 

@@ -11,8 +11,8 @@ EncodeFunction encode_function() {
   static const EncodeFunction function = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult result;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                               12000, cudaEnableDefault, &result);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(
+        "cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
     const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
     return reinterpret_cast<EncodeFunction>(found ? entry : nullptr);
   }();
@@ -28,11 +28,18 @@ cudaError_t encode_tensor_map(const TensorMapSpec& spec, CUtensorMap* map) {
   for (int i = 0; i + 1 < spec.rank; ++i) stride_bytes[i] = spec.strides[i] * 2;
   constexpr cuuint32_t kUnitSteps[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(
-      map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, spec.rank, const_cast<void*>(spec.address),
-      reinterpret_cast<const cuuint64_t*>(spec.sizes), stride_bytes, spec.box, kUnitSteps,
+      map,
+      CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      spec.rank,
+      const_cast<void*>(spec.address),
+      reinterpret_cast<const cuuint64_t*>(spec.sizes),
+      stride_bytes,
+      spec.box,
+      kUnitSteps,
       CU_TENSOR_MAP_INTERLEAVE_NONE,
       spec.swizzle == Swizzle::k128Bytes ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
