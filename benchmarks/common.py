@@ -213,7 +213,7 @@ def write_results(
                 name, rows, path.with_stem(f"{path.stem}-{head['commit'][:8]}"), commit
             )
         return _merge(path, old, head, rows)
-    _write(path, {**head, "rows": list(rows)})
+    write(path, {**head, "rows": list(rows)})
     return path
 
 
@@ -240,10 +240,11 @@ def _merge(
     commands = old["command"].split(" && ")
     if head["command"] not in commands:
         commands.append(head["command"])
-    _write(path, {**head, "command": " && ".join(commands), "rows": [*kept, *rows]})
+    write(path, {**head, "command": " && ".join(commands), "rows": [*kept, *rows]})
     return path
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file, its folder too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

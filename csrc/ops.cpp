@@ -4,6 +4,9 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(torch_moe_ep, m) {
+  // A few numbers of every rank, in rank order: [n] -> [P, n]. For the checks around the pipeline.
+  m.def("all_gather(Tensor row, str group_name) -> Tensor");
+
   // Softmax over all experts and the top_k of it; weights fp32 [T, K] descending, ids int64 [T, K].
   m.def("route(Tensor logits, int top_k, bool normalize) -> (Tensor weights, Tensor expert_ids)");
   // Gradient of the logits from that of the weights.

@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 #include <c10/util/accumulate.h>
 #include <c10/util/env.h>
+#include <torch/library.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
@@ -70,13 +71,16 @@ int64_t group_rank(const std::string& group_name) {
   return c10d::resolve_process_group(group_name)->getRank();
 }
 
-at::Tensor all_gather_counts(const at::Tensor& counts, const std::string& group_name) {
+at::Tensor all_gather(const at::Tensor& row, const std::string& group_name) {
+  TORCH_CHECK_VALUE(row.dim() == 1 && row.is_contiguous(),
+                    "row must be contiguous and of one dimension, got shape ",
+                    row.sizes());
   const Group group = c10d::resolve_process_group(group_name);
-  at::Tensor input = counts.unsqueeze(0);
-  at::Tensor gathered = at::empty({group->getSize(), counts.numel()}, counts.options());
+  at::Tensor input = row.unsqueeze(0);
+  at::Tensor gathered = at::empty({group->getSize(), row.numel()}, row.options());
   c10d::AllgatherOptions options;
   options.timeout = collective_timeout();
-  run("all-gather of counts", group, counts.device().type(), [&] {
+  run("all-gather of numbers", group, row.device().type(), [&] {
     return group->_allgather_base(gathered, input, options);
   });
   return gathered;
@@ -104,6 +108,10 @@ at::Tensor all_to_all_rows(const at::Tensor& rows,
     return group->alltoall_base(output, input, output_splits, input_splits, options);
   });
   return received;
+}
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, CompositeExplicitAutograd, m) {
+  m.impl("all_gather", &all_gather);
 }
 
 }  // namespace torch_moe_ep::comm

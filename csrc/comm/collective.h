@@ -18,8 +18,8 @@ namespace torch_moe_ep::comm {
 int64_t group_size(const std::string& group_name);
 int64_t group_rank(const std::string& group_name);
 
-// counts int64 [n], contiguous, the same n on every rank -> [P, n], row r from rank r.
-at::Tensor all_gather_counts(const at::Tensor& counts, const std::string& group_name);
+// row [n], contiguous, the same n and dtype on every rank -> [P, n], row r from rank r.
+at::Tensor all_gather(const at::Tensor& row, const std::string& group_name);
 
 // The values on the CPU. Waits for the current stream when `counts` is on a GPU: the one host
 // synchronisation of a layer's forward.

@@ -62,8 +62,9 @@ void raise_failure(const std::string& operation,
     silent = "the ranks at fault are unknown, the group's store does not answer";
   }
   TORCH_CHECK(false,
+              "torch_moe_ep: the ",
               operation,
-              " of expert parallelism failed on global rank ",
+              " failed on global rank ",
               here,
               "; ",
               silent,

@@ -140,7 +140,7 @@ void check_ids_at_once(const at::Tensor& invalid_flag, const std::string& group_
   if (!c10::utils::check_env("TORCH_MOE_EP_CHECK").value_or(false)) return;
   const at::Tensor flag = invalid_flag.reshape({1}).to(at::kLong);
   const at::Tensor flags =
-      group_name.empty() ? flag.unsqueeze(0) : comm::all_gather_counts(flag, group_name);
+      group_name.empty() ? flag.unsqueeze(0) : comm::all_gather(flag, group_name);
   const at::Tensor host_flags = comm::to_host(flags);
   const auto rows = host_flags.accessor<int64_t, 2>();
   for (int64_t rank = 0; rank < host_flags.size(0); ++rank) {
@@ -187,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cuda
   // Send order is expert order without padding.
   const Places places = place_copies(expert_ids, num_experts, 1, invalid_flag);
   check_ids_at_once(invalid_flag, group_name);
-  const at::Tensor counts = comm::all_gather_counts(places.counts, group_name);
+  const at::Tensor counts = comm::all_gather(places.counts, group_name);
   // The one host wait of a layer's forward.
   const at::Tensor host_counts = comm::to_host(counts);
   const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);

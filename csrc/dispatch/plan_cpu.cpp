@@ -114,7 +114,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cpu(
             at::empty({0, num_experts}, ids.options())};
   }
   check_experts_over_ranks(num_experts, comm::group_size(group_name));
-  const at::Tensor gathered = comm::all_gather_counts(own_counts, group_name);
+  const at::Tensor gathered = comm::all_gather(own_counts, group_name);
   check_ids(gathered, num_experts);
   const at::Tensor counts = gathered.narrow(1, 0, num_experts).contiguous();
   const int64_t rank = comm::group_rank(group_name);

@@ -1,10 +1,11 @@
 #include "expert_mlp/swiglu_loops.h"
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <math.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 // One body, compiled for each of these instruction sets; the loader picks. glibc's libmvec has a
 // vector expf for each (4 ulp), which math.h declares under -ffast-math alone: that would also let
@@ -24,70 +25,6 @@ namespace {
 
 // Elements that are worked on at a time: six fp32 buffers of so many stay inside 32 KiB of L1.
 constexpr int64_t kTile = 1024;
-
-float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-TORCH_MOE_EP_CLONES
-void widen_bfloat16(const uint16_t* from, float* to, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) to[i] = float_of(static_cast<uint32_t>(from[i]) << 16);
-}
-
-// Rounds to nearest, ties to even; the carry of the addition runs into the exponent as it should.
-TORCH_MOE_EP_CLONES
-void narrow_bfloat16(const float* from, uint16_t* to, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = bits_of(from[i]);
-    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    const bool is_nan = (bits & 0x7FFFFFFF) > 0x7F800000;
-    to[i] = static_cast<uint16_t>(is_nan ? 0x7FC0 : rounded);
-  }
-}
-
-// The two float16 conversions follow https://github.com/Maratyszcza/FP16: no branches, and right
-// also when the CPU flushes subnormals to zero.
-TORCH_MOE_EP_CLONES
-void widen_float16(const uint16_t* from, float* to, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    const uint32_t magnitude = bits + bits;  // without the sign
-    // The exponent moves up by 224 so that infinity and NaN stay such, then down by 112.
-    const float normal = float_of((magnitude >> 4) + (0xE0U << 23)) * 0x1p-112F;
-    const float subnormal = float_of((magnitude >> 17) | (126U << 23)) - 0.5F;
-    const uint32_t unsigned_bits = bits_of(magnitude < (1U << 27) ? subnormal : normal);
-    to[i] = float_of((bits & 0x80000000U) | unsigned_bits);
-  }
-}
-
-TORCH_MOE_EP_CLONES
-void narrow_float16(const float* from, uint16_t* to, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = bits_of(from[i]);
-    const uint32_t magnitude = bits + bits;
-    // What float16 cannot hold becomes infinity by the first factor and stays it by the second.
-    const float scaled = (fabsf(from[i]) * 0x1p+112F) * 0x1p-110F;
-    // Adding a power of two of the right size lets the FPU round at float16's last bit.
-    const uint32_t exponent = magnitude & 0xFF000000U;
-    const uint32_t bias = exponent < 0x71000000U ? 0x71000000U : exponent;
-    const uint32_t rounded = bits_of(float_of((bias >> 1) + 0x07800000U) + scaled);
-    const uint32_t finite = ((rounded >> 13) & 0x7C00U) + (rounded & 0x0FFFU);
-    const uint32_t unsigned_half = magnitude > 0xFF000000U ? 0x7E00U : finite;
-    to[i] = static_cast<uint16_t>((bits >> 16 & 0x8000U) | unsigned_half);
-  }
-}
 
 TORCH_MOE_EP_CLONES
 void swiglu_tile(
@@ -141,20 +78,21 @@ struct Float32 {
   static void write(const float* /*from*/, float* /*to*/, int64_t /*count*/) {}
 };
 
-template <void (*kWiden)(const uint16_t*, float*, int64_t),
-          void (*kNarrow)(const float*, uint16_t*, int64_t)>
+template <class T>
 struct Half {
-  using Element = uint16_t;
-  static const float* read(const uint16_t* from, float* buffer, int64_t count) {
-    kWiden(from, buffer, count);
+  using Element = T;
+  static const float* read(const T* from, float* buffer, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<float>(from[i]);
     return buffer;
   }
-  static float* target(uint16_t* /*to*/, float* buffer) { return buffer; }
-  static void write(const float* from, uint16_t* to, int64_t count) { kNarrow(from, to, count); }
+  static float* target(T* /*to*/, float* buffer) { return buffer; }
+  static void write(const float* from, T* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+  }
 };
 
-using BFloat16 = Half<widen_bfloat16, narrow_bfloat16>;
-using Float16 = Half<widen_float16, narrow_float16>;
+using BFloat16 = Half<c10::BFloat16>;
+using Float16 = Half<c10::Half>;
 
 template <class Type>
 void forward_rows(const SwigluRows& rows, int64_t first, int64_t last) {

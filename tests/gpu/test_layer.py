@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from torch_moe_ep import apply_expert_parallel, clip_grad_norm_, init_device_mesh
+from torch_moe_ep.parallel.state import iter_experts
 from torch_moe_ep.testing import assert_close, batch_of, tiny_mixtral
 
 from .cases import poisoned_memory, requires_gpu
@@ -66,6 +69,45 @@ def test_layer_twice_is_bit_equal() -> None:
     for name, value in gradients_of(True, torch.bfloat16).items():
         if "experts" in name or name == "loss":
             assert torch.equal(value, first[name]), name
+
+
+def invalid_ids_of(experts: torch.nn.Module) -> torch.Tensor:
+    """Backward of tokens one of which names an expert that does not exist; returns the output."""
+    x = torch.randn(6, 64, device="cuda", requires_grad=True)
+    ids = torch.arange(12, device="cuda").view(6, 2) % 8
+    ids[4] = 8
+    y = experts(x, ids, torch.full((6, 2), 0.5, device="cuda"))
+    y.sum().backward()
+    return y.detach()
+
+
+@pytest.mark.parametrize("how", ["clipping", "step"])
+def test_layer_invalid_expert_id_contributes_zero_and_raises_before_the_update(how: str) -> None:
+    model = apply_expert_parallel(tiny_mixtral().cuda(), init_device_mesh("cuda", 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    experts = next(iter_experts(model))
+    y = invalid_ids_of(experts)
+    assert not y[4].any() and y[[0, 1, 2, 3, 5]].any(dim=1).all()
+    before = {name: full_tensor(param).clone() for name, param in model.named_parameters()}
+    update = optimizer.step if how == "step" else functools.partial(clip_grad_norm_, model, 1.0)
+    with pytest.raises(ValueError, match=r"expert ids outside of .* on ranks \[0\]"):
+        update()
+    for name, param in model.named_parameters():
+        assert torch.equal(full_tensor(param), before[name])
+    optimizer.step()
+
+
+def test_layer_invalid_expert_id_raises_at_once_when_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_MOE_EP_CHECK", "1")
+    model = apply_expert_parallel(tiny_mixtral().cuda(), init_device_mesh("cuda", 1))
+    with pytest.raises(ValueError, match="expert_ids must be in"):
+        invalid_ids_of(next(iter_experts(model)))
+
+
+def full_tensor(param: torch.Tensor) -> torch.Tensor:
+    return param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()
 
 
 def test_layer_autocast_trains() -> None:

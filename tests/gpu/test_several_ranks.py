@@ -135,6 +135,22 @@ def refused_rows(max_rows: int) -> str:
     return ""
 
 
+def refused_id() -> str:
+    """The message of a plan in which the last rank names an expert that does not exist."""
+    rank = enter_rank()
+    os.environ["TORCH_MOE_EP_CHECK"] = "1"
+    ids = torch.arange(20, device="cuda").view(10, 2) % 8
+    if rank == dist.get_world_size() - 1:
+        ids[3, 1] = -1
+    try:
+        ops.plan(ids, 8, group_name=dist.group.WORLD.group_name)
+    except ValueError as error:
+        return str(error)
+    finally:
+        del os.environ["TORCH_MOE_EP_CHECK"]
+    return ""
+
+
 def train(expert_parallel_degree: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of three SGD steps under FSDP2 and the full gradients of the first."""
     rank = enter_rank()
@@ -185,6 +201,14 @@ def test_ranks_too_many_rows_are_refused_on_every_rank(
     """Trap 19."""
     for message in gpu_ranks(world_size).run(refused_rows, 128, timeout_s=TIMEOUT_S):
         assert "max_rows" in message or "max_received_rows" in message
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_invalid_expert_id_on_one_raises_on_every_rank_when_checked(
+    gpu_ranks: Callable[[int], RankPool], world_size: int
+) -> None:
+    for message in gpu_ranks(world_size).run(refused_id, timeout_s=TIMEOUT_S):
+        assert f"got others on rank {world_size - 1} of the expert-parallel group" in message
 
 
 @pytest.mark.parametrize(("world_size", "expert_parallel_degree"), [(2, 2), (4, 2), (4, 4)])

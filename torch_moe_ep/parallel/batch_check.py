@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torch_moe_ep.parallel.gather import all_gather
 from torch_moe_ep.parallel.state import ExpertParallelState
 
 
@@ -24,9 +25,8 @@ def warn_of_equal_batches(
     """
     group = state.mesh["ep"].get_group()
     digest = torch.tensor([batch_digest(args, kwargs)], dtype=torch.int64, device=state.device)
-    digests = torch.empty(state.mesh["ep"].size(), dtype=torch.int64, device=state.device)
-    dist.all_gather_into_tensor(digests, digest, group=group)
-    same = [rank for rank, other in enumerate(digests.tolist()) if other == int(digest)]
+    digests = all_gather(digest, group).flatten().tolist()
+    same = [rank for rank, other in enumerate(digests) if other == int(digest)]
     if len(same) > 1:
         warnings.warn(
             f"ranks {[dist.get_global_rank(group, rank) for rank in same]} of one expert-parallel "

@@ -6,8 +6,8 @@ or by the optimizer's step hook, and every rank raises before any parameter chan
 """
 
 import torch
-import torch.distributed as dist
 
+from torch_moe_ep.parallel.gather import all_gather
 from torch_moe_ep.parallel.state import ExpertParallelState
 
 
@@ -48,7 +48,5 @@ def check_flags(states: list[ExpertParallelState]) -> None:
     if not states:
         return
     device = states[0].device
-    flag = local_flag(states, device).reshape(1)
-    flags = torch.empty(dist.get_world_size(), dtype=flag.dtype, device=device)
-    dist.all_gather_into_tensor(flags, flag)
-    raise_if_invalid(states, flags.nonzero().flatten().tolist())
+    flags = all_gather(local_flag(states, device).reshape(1))
+    raise_if_invalid(states, flags.flatten().nonzero().flatten().tolist())

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 
 from torch_moe_ep.parallel.flags import local_flag, raise_if_invalid
+from torch_moe_ep.parallel.gather import all_gather
 from torch_moe_ep.parallel.state import ExpertParallelState, live_states, states_of
 
 
@@ -170,7 +171,7 @@ def _total_norm(
                 total = torch.maximum(total, stacked.max())
             else:
                 total = total + (stacked**norm_type).sum() * float(is_counted)
-    everyone = _gather(torch.stack([total, local_flag(states, device)]))
+    everyone = all_gather(torch.stack([total, local_flag(states, device)]))
     if states:
         raise_if_invalid(states, everyone[:, 1].nonzero().flatten().tolist())
         for state in states:
@@ -178,15 +179,6 @@ def _total_norm(
     totals = everyone[:, 0]
     norm = totals.max() if is_inf else totals.sum() ** (1.0 / norm_type)
     return norm.to(torch.float32)
-
-
-def _gather(row: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks, in rank order: ``[W, row]``."""
-    if not dist.is_initialized():
-        return row.unsqueeze(0)
-    rows = torch.empty(dist.get_world_size() * row.numel(), dtype=row.dtype, device=row.device)
-    dist.all_gather_into_tensor(rows, row)
-    return rows.view(-1, row.numel())
 
 
 def _by_device_and_dtype(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
