@@ -82,7 +82,7 @@ def refused_time_out() -> None:
     os.environ["TORCH_MOE_EP_TIMEOUT_S"] = "soon"
     try:
         with pytest.raises(
-            ValueError, match="TORCH_MOE_EP_TIMEOUT_S must be a positive whole.*soon"
+            ValueError, match=r"TORCH_MOE_EP_TIMEOUT_S must be a positive whole.*soon"
         ):
             ops.plan(
                 torch.zeros(2, 1, dtype=torch.int64), 4, group_name=dist.group.WORLD.group_name
