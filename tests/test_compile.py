@@ -43,6 +43,23 @@ def test_trap_20_compiled_layer_equals_eager_over_twenty_routings():
     assert 1 <= counter.frame_count <= 6, f"{counter.frame_count} graphs for 20 routings"
 
 
+def test_trap_20_layer_is_one_graph_for_twenty_routings():
+    """At P = 1 the compiler sees through the layer: no graph break, one graph, right counters."""
+    model = LoneExperts()
+    make_local_expert_parallel(model.experts)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    expected = torch.zeros(8, dtype=torch.int64)
+    for step in range(20):
+        x = torch.randn(12, 16, requires_grad=True)
+        ids, weights = random_routing(12, 2, 8, seed=step)
+        compiled(x, ids, weights).square().sum().backward()
+        expected += torch.bincount(ids.flatten(), minlength=8)
+    assert counter.frame_count == 1
+    assert torch.equal(model.experts.tokens_per_expert, expected)
+
+
 def compiled_gradients(run: Run, what: str):
     """Gradients and how many graphs were compiled after the first two of six steps."""
     torch._dynamo.reset()

@@ -16,10 +16,9 @@ using torch::autograd::variable_list;
 std::tuple<at::Tensor, at::Tensor> call_route(const at::Tensor& logits,
                                               int64_t top_k,
                                               bool normalize) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_moe_ep::route", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, int64_t, bool)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_moe_ep::route", "")
+                             .typed<decltype(call_route)>();
   return op.call(logits, top_k, normalize);
 }
 
@@ -28,11 +27,9 @@ at::Tensor call_route_backward(const at::Tensor& grad_weights,
                                const at::Tensor& weights,
                                const at::Tensor& expert_ids,
                                bool normalize) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_moe_ep::route_backward", "")
-          .typed<at::Tensor(
-              const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, bool)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_moe_ep::route_backward", "")
+                             .typed<decltype(call_route_backward)>();
   return op.call(grad_weights, logits, weights, expert_ids, normalize);
 }
 
