@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-RESULTS_DIR = Path(__file__).parent / "results"
-DENSE = "dense GEMM"
+from benchmarks.results import DENSE, RESULTS_DIR, format_table, plot
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def finish(name: str, rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> Path:
     """Print the rows as a table, write (or merge into) the result file, plot; return its path."""
-    from benchmarks.results import format_table, plot
-
     print(format_table(rows))
     path = write_results(name, rows, arguments.output, arguments.commit)
     print(f"written to {path}")
