@@ -226,24 +226,24 @@ def _work(
     gc.freeze()  # what was imported before the fork: collecting after each case stays cheap
     while True:
         message = connection.recv_bytes()
+        is_ok = False
         try:
             job = pickle.loads(message)
             if job is None:
                 return
             function, args, store = job
-            with _process_group(store, rank, world_size, backend):
-                answer = (True, function(*args))
-            answer_bytes = pickle.dumps(answer)
+            _join(store, rank, world_size, backend)
+            answer = pickle.dumps((True, function(*args)))
+            is_ok = True
         except BaseException:
-            answer_bytes = pickle.dumps((False, traceback.format_exc()))
-        connection.send_bytes(answer_bytes)
+            answer = pickle.dumps((False, traceback.format_exc()))
+        connection.send_bytes(answer)
+        _leave(is_ok)
         gc.collect()  # models are cyclic; the next case must not find the last one's
 
 
-@contextlib.contextmanager
-def _process_group(store: str, rank: int, world_size: int, backend: str) -> Any:
+def _join(store: str, rank: int, world_size: int, backend: str) -> None:
     if not backend:
-        yield
         return
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group(
@@ -252,7 +252,16 @@ def _process_group(store: str, rank: int, world_size: int, backend: str) -> Any:
         rank=rank,
         world_size=world_size,
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+
+
+def _leave(is_ok: bool) -> None:
+    """Destroy the process group, together: gloo fails on a peer that leaves while it connects.
+
+    After a failure nobody waits; the pool ends all workers.
+    """
+    if not dist.is_initialized():
+        return
+    if is_ok:
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+    dist.destroy_process_group()
