@@ -33,6 +33,7 @@ help:
 	@echo 'make build          compile the operator library (with CUDA where torch and nvcc have it)'
 	@echo 'make setup          the virtual environment alone, in $(VENV)'
 	@echo 'make info           versions, how the library was built, what this machine can use'
+	@echo 'make kernel-report  registers, shared memory and main loops of the CUDA kernels'
 	@echo 'make clean          remove everything that was built and every environment'
 	@echo
 	@echo 'PYTHON=python3.12   the interpreter, 3.10 to 3.13'
@@ -52,7 +53,7 @@ $(STAMPS)/python:
 $(STAMPS)/requirements: requirements-dev.txt $(STAMPS)/python
 	@echo '== installing torch $(TORCH), transformers $(TRANSFORMERS) and the tools into $(VENV)'
 	@sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^transformers==.*/transformers==$(TRANSFORMERS)/' \
-		requirements-dev.txt > $(VENV)/requirements.txt
+		$(if $(IS_DEFAULT),,-e 's/^tokenizers==.*/tokenizers/') requirements-dev.txt > $(VENV)/requirements.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
 	@touch $@
 
@@ -109,12 +110,15 @@ test-full: $(if $(IS_DEFAULT),lint) $(STAMPS)/build
 
 # Use
 
-.PHONY: pretrain info
+.PHONY: pretrain info kernel-report
 pretrain: $(STAMPS)/build
 	@$(PY) -m examples.pretrain $(PRETRAIN_ARGS)
 
 info: $(STAMPS)/build
 	@$(PY) -m torch_moe_ep.info
+
+kernel-report: $(STAMPS)/build
+	@$(PY) .ci/kernel_report.py
 
 .PHONY: clean
 clean:
