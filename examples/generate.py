@@ -18,6 +18,7 @@ def write_sample(model_folder: Path, tokenizer_folder: Path, path: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model: Any = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model.train(False)
+    model.config.output_router_logits = False  # for training's auxiliary loss
     torch.manual_seed(0)
     texts = []
     for prompt in PROMPTS:
