@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor._redistribute import _gen_transform_infos
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 DEFAULT_TIMEOUT_S = 60.0
 GRACE_S = 3.0  # how long the other ranks may take to answer once one has failed
@@ -265,3 +267,6 @@ def _leave(is_ok: bool) -> None:
         with contextlib.suppress(RuntimeError):
             dist.barrier()
     dist.destroy_process_group()
+    # DTensor caches process groups of this case by mesh; an equal mesh of the next would find them.
+    _gen_transform_infos.cache_clear()
+    _clear_sharding_prop_cache()
