@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from parallel_cases import Run, backward, build
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import FullStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from transformers import MixtralForCausalLM
@@ -63,6 +67,30 @@ def test_trap_13_experts_are_saved_once_and_load_at_every_p(ranks, tmp_path, sav
         assert step == 3
         for name, param in expected.items():
             assert torch.equal(loaded[name], param), f"{name} at P = {load_ep}"
+
+
+def load_plain_on_rank(run: Run):
+    """Parameters after loading a plain full state dict, as Hugging Face and torch.load give it."""
+    model = build(run)
+    plain = tagged_mixtral(**run.model).state_dict()
+    if isinstance(model, FSDP1):
+        with FSDP1.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
+            model.load_state_dict(plain)
+    elif run.wrap == "fsdp2":
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(model, plain, options=options)
+    else:
+        model.load_state_dict(plain)
+    return from_rank0(full_parameters(model))
+
+
+@pytest.mark.parametrize("load_wrap", ["fsdp2", "fsdp1", "none"])
+@pytest.mark.parametrize("load_ep", [1, 2, 4])
+def test_trap_13_plain_full_state_dict_loads_at_every_p(ranks, load_wrap, load_ep):
+    run = Run(load_wrap, 4, load_ep, model=TWELVE)
+    loaded = ranks(4).run(load_plain_on_rank, run)[0]
+    for name, param in tagged_mixtral(**TWELVE).named_parameters():
+        assert torch.equal(loaded[name], param), f"{name} at P = {load_ep}"
 
 
 def resumed_on_rank(run: Run, folder: str):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralSparseMoeBlock
 
-from torch_moe_ep import MoEConfig
+from torch_moe_ep import MoEConfig, ops
 from torch_moe_ep.testing import (
     LoneExperts,
     assert_close,
@@ -283,3 +283,34 @@ def test_trap_08_rows_nobody_wrote_do_not_matter(config, dtype, request):
     request.getfixturevalue("_poison")
     for poisoned, expected in zip(three_steps(config, dtype), clean, strict=True):
         assert torch.equal(poisoned, expected)
+
+
+def padded_pipeline(dtype: torch.dtype, row_alignment: int, slots_per_pass: int):
+    """Output and every gradient of the operators, each expert's rows padded as on CUDA."""
+    found = []
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(20, 16, generator=generator).to(dtype).requires_grad_()
+        gate_up = (torch.randn(8, 64, 16, generator=generator) / 4).to(dtype).requires_grad_()
+        down = (torch.randn(8, 16, 32, generator=generator) / 6).to(dtype).requires_grad_()
+        ids, weights = random_routing(20, 2, 4, seed=step)  # experts 4 to 7 get nothing
+        weights.requires_grad_()
+        plan = ops.plan(ids, 8, row_alignment=row_alignment)
+        rows, row_weights = ops.dispatch(x, weights, plan)
+        y = ops.expert_mlp(rows, row_weights, plan, gate_up, down, slots_per_pass=slots_per_pass)
+        out = ops.combine(y, plan)
+        out.float().square().sum().backward()
+        found += [out.detach(), x.grad, weights.grad, gate_up.grad, down.grad]
+    return found
+
+
+@pytest.mark.parametrize("slots_per_pass", [0, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_trap_08_padding_rows_do_not_matter(dtype, slots_per_pass, request):
+    """Segments of 8 rows as CUDA has of 128: padding, and rows behind the last segment."""
+    clean = padded_pipeline(dtype, 1, slots_per_pass)
+    request.getfixturevalue("_poison")
+    padded = padded_pipeline(dtype, 8, slots_per_pass)
+    tolerance = 2e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    for poisoned, expected in zip(padded, clean, strict=True):
+        assert relative_error(poisoned, expected) <= tolerance

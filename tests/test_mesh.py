@@ -2,6 +2,7 @@
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from torch_moe_ep.parallel.mesh import MESH_DIMS, dense_mesh, init_device_mesh, mesh_misfit
 
@@ -81,3 +82,15 @@ def test_mesh_misfit_names_what_came_and_the_way_out(ranks):
         assert "got ('ep',)" in said[1]
         assert "got ('shard', 'replicate', 'ep')" in said[2]
         assert all("init_device_mesh" in sentence for sentence in said)
+
+
+def misfit_of_mesh_over_two_ranks() -> str | None:
+    misfit = mesh_misfit(DeviceMesh("cpu", [[[0, 1]]], mesh_dim_names=MESH_DIMS))
+    dist.barrier()  # the mesh connects some ranks only; the others wait for them
+    return misfit
+
+
+def test_trap_22_mesh_over_some_ranks_is_refused(ranks):
+    """Also on the ranks that it does span, where all else fits."""
+    for said in ranks(4).run(misfit_of_mesh_over_two_ranks):
+        assert said is not None and "must span all 4 ranks, got 2" in said

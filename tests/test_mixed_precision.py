@@ -71,3 +71,25 @@ def explicit_fp16_run(run: Run) -> bool:
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
 def test_trap_26_grad_scaler_skips_on_every_rank(ranks, kind):
     assert ranks(2).run(explicit_fp16_run, Run(kind, 2, 2)) == [True, True]
+
+
+def overflow_in_one_shard(kind: str) -> tuple[float, bool]:
+    """Loss scale after a step, and whether parameters moved, when one rank's shard overflowed."""
+    run = Run(kind, 2, 2)
+    mesh = init_device_mesh("cpu", run.ep)
+    model = wrap(apply_expert_parallel(tiny_mixtral(), mesh), run.wrap, mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(**batch_of(dist.get_rank())).loss).backward()
+    experts = next(iter_experts(model))
+    before = experts.down_proj.to_local().clone()
+    if dist.get_rank() == 1:  # after the reductions: rank 0 cannot see it by itself
+        experts.down_proj.grad.to_local().view(-1)[0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale(), torch.equal(experts.down_proj.to_local(), before)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
+def test_trap_26_grad_scaler_sees_an_infinity_of_another_ranks_experts(ranks, kind):
+    assert ranks(2).run(overflow_in_one_shard, kind) == [(2.0, True)] * 2

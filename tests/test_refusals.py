@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_moe_ep import MoEConfig
 from torch_moe_ep.parallel import apply_expert_parallel, init_device_mesh
 from torch_moe_ep.testing import LoneExperts, tiny_mixtral
 
@@ -252,3 +253,21 @@ def test_one_rank_that_does_not_fit_makes_all_ranks_raise_alike(ranks, case, odd
     said = ranks(2).run(message_on_rank, case, odd_rank, arg_of_rank=[0, 1], timeout_s=30)
     assert said[0] == said[1]
     assert message in said[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"gradient": "average"}, ValueError, 'gradient must be "mean" or "sum", got \'average\''),
+        ({"recompute": True}, ValueError, "recompute must be"),
+        ({"transport": "nvshmem"}, ValueError, "transport must be"),
+        ({"max_slots": -1}, ValueError, "max_slots must be a number of rows"),
+        ({"max_slots": 1.5}, ValueError, "max_slots must be a number of rows"),
+        ({"max_received_rows": True}, ValueError, "max_received_rows must be a number of rows"),
+        ({"max_recieved_rows": 8}, TypeError, "max_recieved_rows"),
+    ],
+    ids=str,
+)
+def test_trap_22_setting_that_config_does_not_know_is_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        MoEConfig(**fields)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from parallel_cases import AUX, UNEVEN, Run, backward, build, reference_of
 
+import torch_moe_ep
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
 from torch_moe_ep.parallel.state import iter_experts
 from torch_moe_ep.testing import (
@@ -21,7 +22,8 @@ from torch_moe_ep.testing import (
     relative_error,
     tiny_mixtral,
 )
-from torch_moe_ep.testing.parallel import from_rank0, full_gradients
+from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
+from torch_moe_ep.testing.reference import reference_gradients
 
 WATCHDOG_S = 60
 
@@ -176,6 +178,54 @@ def test_trap_07_24_aux_loss_is_each_ranks_own_at_every_p(ranks, run):
     assert_close(results[0][2], gates, 1e-5, "router gradients")
 
 
+MICRO_BATCHES = 2
+
+
+def padded_batch(rank: int, step: int) -> dict[str, torch.Tensor]:
+    """One rank's batch with rows of different length: the end of the last row is padding."""
+    batch = batch_of(rank, step=step)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[-1, -(2 + rank) :] = 0
+    batch["labels"][mask == 0] = -100
+    return {**batch, "attention_mask": mask}
+
+
+def padded_aux_on_rank(run: Run):
+    """Auxiliary and total loss of each micro-batch of this rank, and rank 0's gradients."""
+    model = build(run)
+    losses = []
+    for micro in range(MICRO_BATCHES):
+        output = model(**padded_batch(dist.get_rank(), micro))
+        (output.loss / MICRO_BATCHES).backward()
+        losses.append((output.aux_loss.item(), output.loss.item()))
+    if run.wrap == "none":
+        torch_moe_ep.average_gradients(model)
+    return losses, from_rank0(full_gradients(model))
+
+
+@pytest.mark.parametrize("run", [
+    Run("fsdp2", 4, 1, model={**AUX, **UNEVEN}),
+    Run("fsdp2", 4, 4, model={**AUX, **UNEVEN}),
+    Run("fsdp1", 4, 2, model={**AUX, **UNEVEN}),
+    Run("none", 2, 2, model={**AUX, **UNEVEN}),
+], ids=str)  # fmt: skip
+def test_trap_07_aux_loss_with_padding_is_each_micro_batchs_own(ranks, run):
+    results = ranks(run.world).run(padded_aux_on_rank, run)
+    model = tiny_mixtral(**run.model)
+    for rank, (losses, _) in enumerate(results):
+        for micro, (aux, total) in enumerate(losses):
+            batch = padded_batch(rank, micro)
+            expected = model(**batch)
+            assert aux == pytest.approx(expected.aux_loss.item(), rel=1e-5) and aux > 0
+            assert total == pytest.approx(expected.loss.item(), rel=1e-5)
+            del batch["attention_mask"]
+            unmasked = model(**batch).aux_loss.item()
+            assert aux != pytest.approx(unmasked, rel=1e-4), "the mask must matter"
+    batches = [padded_batch(rank, m) for m in range(MICRO_BATCHES) for rank in range(run.world)]
+    _, grads = reference_gradients(lambda: tiny_mixtral(**run.model), batches)
+    assert_close(results[0][1], grads, 1e-5, f"gradients of {run}")
+
+
 def aux_matters_on_rank(run: Run):
     model = build(run)
     backward(run, model)
@@ -191,6 +241,30 @@ def test_trap_24_aux_loss_gradient_reaches_the_gate(ranks):
     )
     for name, grad in with_aux.items():
         assert relative_error(grad, without[name]) > 1e-2
+
+
+def aux_before_and_after_on_rank(run: Run):
+    """Auxiliary loss of one model as it came (output hooks in place), and patched and wrapped."""
+    mesh = init_device_mesh("cpu", run.ep)
+    batch = batch_of(dist.get_rank())
+    model = tiny_mixtral(**run.model)
+    before = model(**batch).aux_loss.item()
+    model = wrap(apply_expert_parallel(model, mesh), run.wrap, mesh)
+    output = model(**batch)
+    output.loss.backward()
+    if run.wrap == "none":
+        torch_moe_ep.average_gradients(model)
+    return before, output.aux_loss.item(), from_rank0(full_gradients(model))
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1", "none"])
+def test_trap_24_aux_loss_of_a_model_that_ran_before_the_patch(ranks, kind):
+    """transformers hooks the routers at the first forward: a router put in later has no hook."""
+    run = Run(kind, 2, 2, model={**AUX, **UNEVEN})
+    results = ranks(2).run(aux_before_and_after_on_rank, run)
+    for before, after, _ in results:
+        assert after == pytest.approx(before, rel=1e-5) and before > 0
+    assert_close(results[0][2], reference_of(run)[1], 1e-5, f"gradients of {run}")
 
 
 def counters_on_rank(run: Run, checkpointing: dict | None):
