@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         export_hf,
         latest_checkpoint,
         load_checkpoint,
+        load_hf,
         save_checkpoint,
     )
     from torch_moe_ep.config import MoEConfig
@@ -45,6 +46,7 @@ __all__ = [
     "initialize_experts",
     "latest_checkpoint",
     "load_checkpoint",
+    "load_hf",
     "metrics",
     "ops",
     "param_groups",
@@ -53,7 +55,7 @@ __all__ = [
 ]
 
 _MODULES = ("metrics", "ops", "reference")
-_CHECKPOINT = ("export_hf", "latest_checkpoint", "load_checkpoint", "save_checkpoint")
+_CHECKPOINT = ("export_hf", "latest_checkpoint", "load_checkpoint", "load_hf", "save_checkpoint")
 
 
 def __getattr__(name: str) -> Any:

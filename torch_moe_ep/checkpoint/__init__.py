@@ -6,7 +6,8 @@ a folder without it was interrupted and is never loaded.
 """
 
 from torch_moe_ep.checkpoint.export import export_hf
+from torch_moe_ep.checkpoint.hub_load import load_hf
 from torch_moe_ep.checkpoint.load import latest_checkpoint, load_checkpoint
 from torch_moe_ep.checkpoint.save import save_checkpoint
 
-__all__ = ["export_hf", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["export_hf", "latest_checkpoint", "load_checkpoint", "load_hf", "save_checkpoint"]

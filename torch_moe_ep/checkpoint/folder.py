@@ -58,3 +58,23 @@ def on_rank0(work: Callable[[], None]) -> None:
     dist.broadcast_object_list(note, src=0)
     if note[0] is not None:
         raise RuntimeError(f"rank 0 failed: {note[0]}") from failure
+
+
+def raise_alike(failure: Exception | None) -> None:
+    """Raise on every rank when any rank failed.
+
+    Raises:
+        ValueError: the words of the lowest rank that failed (chained to this rank's own error).
+
+    Collective over all ranks (one `all_gather_object`).
+    """
+    note = None
+    if failure is not None:
+        is_plain = isinstance(failure, ValueError)
+        note = str(failure) if is_plain else f"{type(failure).__name__}: {failure}"
+    notes: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(notes, note)
+    for rank, text in enumerate(notes):
+        if text is not None:
+            is_shared = all(other == text for other in notes)
+            raise ValueError(text if is_shared else f"rank {rank}: {text}") from failure

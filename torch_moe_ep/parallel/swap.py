@@ -74,8 +74,21 @@ def local_slice(full: torch.Tensor, state: ExpertParallelState) -> torch.Tensor:
     Experts first, then the FSDP chunk: E = 8, P = 2, S = 2, dimension 1 of length 256 gives ep
     rank 1, shard rank 0 the view ``full[4:8, 0:128]``.
     """
-    mesh = state.mesh["ep"]
-    return shard_slice(full.chunk(mesh.size(), dim=0)[mesh.get_local_rank()], state)
+    return full[local_box(full.shape, state)]
+
+
+def local_box(full_shape: torch.Size, state: ExpertParallelState) -> tuple[slice, ...]:
+    """Where this rank's part lies in a full weight ``[E, a, b]``: `local_slice` as an index."""
+    ep_mesh, mesh = state.mesh["ep"], state.mesh["shard"]
+    num_local = full_shape[0] // ep_mesh.size()
+    start = [ep_mesh.get_local_rank() * num_local, 0, 0]
+    length = [num_local, *full_shape[1:]]
+    dim = shard_dim(torch.Size(length), mesh.size())
+    chunk = -(-length[dim] // mesh.size())  # rounded up, as torch.chunk does
+    first = min(mesh.get_local_rank() * chunk, length[dim])
+    start[dim] += first
+    length[dim] = min(chunk, length[dim] - first)
+    return tuple(slice(a, a + n) for a, n in zip(start, length, strict=True))
 
 
 def shard_slice(experts: torch.Tensor, state: ExpertParallelState) -> torch.Tensor:
