@@ -2,58 +2,93 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
 from torch_moe_ep.checkpoint.folder import on_rank0
-from torch_moe_ep.parallel.state import states_of
+from torch_moe_ep.checkpoint.hub_writer import HubConverter, HubWriter
+from torch_moe_ep.checkpoint.weights import Weight, each_tensor, find_weights, inner_model
 
 
-def export_hf(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+@torch.no_grad()
+def export_hf(
+    model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 1024**3
+) -> None:
     """Write config and weights so that ``AutoModelForCausalLM.from_pretrained(folder)`` works.
 
-    The weights are gathered to rank 0's CPU memory, whole, and written by transformers' own
-    `save_pretrained`: safetensors in the hub's layout, tied weights once.
+    Names, dtypes and bits are those of transformers' own `save_pretrained` on the unpatched model:
+    the hub's layout, tied weights once. Weights are gathered one at a time (under FSDP1 one unit
+    at a time) and written file by file: rank 0's CPU memory holds one weight and its converted
+    copy, or a layer where transformers joins weights, and one file; other ranks keep nothing.
 
     Args:
         model: a transformers model, patched or not, under FSDP2, FSDP1, DDP or nothing.
-        folder: created when missing.
+        folder: created when missing; an earlier export in it is replaced. Until the export is
+            complete it holds neither model.safetensors nor an index.
+        max_shard_bytes: several files and an index when the weights need more than this.
 
     Raises:
-        ValueError: not a transformers model.
+        ValueError: not a transformers model, or max_shard_bytes below 1.
         RuntimeError: on every rank, when rank 0 could not write.
 
-    Collective over all ranks (one gather per weight); syncs the host.
+    Collective over all ranks (one gather and one small broadcast per weight); syncs the host.
     """
-    inner: Any = _inner_model(model)
+    inner: Any = inner_model(model)
     if not hasattr(inner, "save_pretrained"):
         raise ValueError(
             f"export_hf needs a transformers model, got {type(inner).__name__}; save "
             f"its state dict instead."
         )
-    # With CPU offload FSDP1 hands out freed storage for weights that are on the CPU already.
-    kinds = {param.device.type for param in model.parameters()}
-    kinds |= {state.mesh.device_type for state in states_of(model)}
-    is_offloaded = kinds != {"cpu"}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=is_offloaded)
-    weights = get_model_state_dict(model, options=options)
-    on_rank0(functools.partial(_write, inner, weights, Path(folder)))
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
+    ignored = getattr(inner, "_keys_to_ignore_on_save", None) or ()
+    weights = [weight for weight in find_weights(model) if weight.names[0] not in ignored]
+    export = _Export(inner, Path(folder), max_shard_bytes, weights)
+    on_rank0(export.begin)
+    for weight, tensor in each_tensor(model, weights, writeback=False):
+        on_rank0(functools.partial(export.add, weight.names[0], _gathered(tensor)))
+    on_rank0(export.end)
 
 
-def _write(inner: Any, weights: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    inner.save_pretrained(folder, state_dict=weights, safe_serialization=True)
+class _Export:
+    """What rank 0 does of an export; other ranks never call it."""
+
+    def __init__(
+        self, inner: Any, folder: Path, max_shard_bytes: int, weights: Sequence[Weight]
+    ) -> None:
+        self.inner = inner
+        self.folder = folder
+        self.max_shard_bytes = max_shard_bytes
+        self.weights = weights
+
+    def begin(self) -> None:
+        self.writer = HubWriter(self.folder, self.max_shard_bytes)
+        # Without weights it writes config, generation config and custom code alone.
+        self.inner.save_pretrained(self.folder, state_dict={})
+        blanks = {
+            weight.names[0]: torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            for weight in self.weights
+        }
+        self.converter = HubConverter(self.inner, blanks)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        for hub_name, part in self.converter.add(name, tensor.cpu()).items():
+            self.writer.add(hub_name, part)
+
+    def end(self) -> None:
+        self.writer.close(sum(weight.shape.numel() for weight in self.weights))
 
 
-def _inner_model(model: nn.Module) -> nn.Module:
-    """The model without FSDP1, DDP or compile wrappers."""
-    states = states_of(model)
-    if states:
-        return states[0].model
-    if isinstance(model, DistributedDataParallel):
-        return model.module  # type: ignore[no-any-return]
-    return model
+def _gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor; collective for DTensors. Offloaded shards visit their mesh's device."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    device_type = tensor.device_mesh.device_type
+    on_mesh: Any = tensor if tensor.device.type == device_type else tensor.to(device_type)
+    full: torch.Tensor = on_mesh.full_tensor()
+    return full
