@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
@@ -107,8 +108,18 @@ def each_tensor(
         if unit is None:
             yield from ((weight, _held(weight)) for weight in group)
             continue
+        if writeback:
+            _reshard_fsdp1(unit)
         with FSDP1.summon_full_params(unit, recurse=False, writeback=writeback):
             yield from ((weight, _held(weight)) for weight in group)
+
+
+def _reshard_fsdp1(unit: FSDP1) -> None:
+    """Free what a forward left gathered; it would be used on, with old values of other ranks."""
+    handle = unit._handle
+    assert handle is not None
+    if handle.uses_sharded_strategy and not handle.needs_unshard():
+        _reshard(unit, handle, free_unsharded_flat_param=True)
 
 
 def _held(weight: Weight) -> torch.Tensor:
