@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from parallel_cases import TIED, Run, backward
 from safetensors.torch import load_file
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, WeightConverter
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralDecoderLayer
 
 import torch_moe_ep
 from torch_moe_ep import apply_expert_parallel, init_device_mesh
@@ -204,7 +206,10 @@ def joined_mixtral(**overrides):
 
 def joined_on_rank(kind: str, folder: str) -> None:
     mesh = init_device_mesh("cpu", 2)
-    model = wrap(apply_expert_parallel(joined_mixtral(), mesh), kind, mesh)
+    model = apply_expert_parallel(joined_mixtral(), mesh)
+    # Under FSDP1 a layer is spread over two units: what waits must outlive its unit.
+    policy = ModuleWrapPolicy({MixtralDecoderLayer, MixtralAttention})
+    model = wrap(model, kind, mesh, auto_wrap_policy=policy)
     groups = []
     convert = hub_writer.HubConverter._revert
 

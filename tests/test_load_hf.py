@@ -3,16 +3,14 @@
 Letters: W ranks, P expert-parallel degree, S shard degree of the experts.
 """
 
-import json
-import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from hub_cases import EXPERT_NUMBERS, patched, save_hub_folder
 from parallel_cases import TIED, Run
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecision
 from transformers import AutoModelForCausalLM
 
@@ -21,37 +19,19 @@ from torch_moe_ep import apply_expert_parallel, init_device_mesh
 from torch_moe_ep.testing import batch_of, relative_error, tiny_mixtral
 from torch_moe_ep.testing.parallel import from_rank0, full_parameters, wrap
 
-SHARD_BYTES = 200_000  # several files for the tiny Mixtral
-EXPERT_NUMBERS = 2 * 8 * 3 * 64 * 128  # layers, experts, matrices, H, I
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Makes folders as transformers saves them, once each: (dtype, tied, fused, one file)."""
+    """`folders(**form)` gives a folder of `save_hub_folder`, made once per form."""
     made = {}
 
-    def folder_of(dtype=torch.float32, *, tied=False, fused=False, single=False) -> Path:
-        key = (dtype, tied, fused, single)
+    def folder_of(**form) -> Path:
+        key = tuple(sorted(form.items(), key=str))
         if key not in made:
-            made[key] = tmp_path_factory.mktemp("hub")
-            model = tiny_mixtral(seed=7, tie_word_embeddings=tied).to(dtype)
-            model.save_pretrained(
-                made[key],
-                max_shard_size="5GB" if single else SHARD_BYTES,
-                save_original_format=not fused,
-            )
+            made[key] = save_hub_folder(tmp_path_factory.mktemp("hub"), **form)
         return made[key]
 
     return folder_of
-
-
-def patched(run: Run, *, seed: int = 1, is_meta: bool = False, dtype=torch.float32):
-    """A patched and wrapped model with weights of its own."""
-    mesh = init_device_mesh("cpu", run.ep, run.shard)
-    with torch.device("meta" if is_meta else "cpu"):
-        model = tiny_mixtral(seed=seed, **run.model).to(dtype)
-    apply_expert_parallel(model, mesh)
-    return wrap(model, run.wrap, mesh, **run.options)
 
 
 def loaded_on_rank(run: Run, folder: str, is_meta: bool = False, dtype=torch.float32):
@@ -233,154 +213,6 @@ IN_USE = [
 @pytest.mark.parametrize("run", IN_USE, ids=str)
 def test_load_hf_into_a_model_in_use_leaves_no_old_weights(ranks, folders, run):
     ranks(2).run(loaded_after_a_step, run, str(folders()))
-
-
-def truncate(folder: Path) -> None:
-    path = sorted(folder.glob("*.safetensors"))[1]
-    path.write_bytes(path.read_bytes()[:-8])
-
-
-def edit(folder: Path, change) -> None:
-    """Change the tensors of the file that holds expert 3 of layer 1, and its index."""
-    index_path = folder / "model.safetensors.index.json"
-    index = json.loads(index_path.read_text())
-    name = index["weight_map"][EXPERT]
-    tensors = load_file(folder / name)
-    change(tensors)
-    save_file(tensors, folder / name)
-    kept = {key: file for key, file in index["weight_map"].items() if file != name}
-    index["weight_map"] = {**kept, **dict.fromkeys(tensors, name)}
-    index_path.write_text(json.dumps(index))
-
-
-EXPERT = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
-
-
-def point_outside(folder: Path) -> None:
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"][EXPERT] = "../other/model.safetensors"
-    path.write_text(json.dumps(index))
-
-
-def differ(tensors) -> None:
-    tensors[EXPERT] = tensors[EXPERT].t().contiguous()
-
-
-FAULTS = {
-    "truncated": (truncate, "is truncated or no safetensors file"),
-    "missing_file": (
-        lambda folder: sorted(folder.glob("*.safetensors"))[0].unlink(),
-        "names model-00001-of-",
-    ),
-    "missing_expert": (
-        lambda folder: edit(folder, lambda tensors: tensors.pop(EXPERT)),
-        r"gate_up_proj is made of experts 0 to 7 .*lacks \[3\]",
-    ),
-    "wrong_shape": (lambda folder: edit(folder, differ), r"has shape \(64, 128\)"),
-    "wrong_kind": (
-        lambda folder: edit(folder, lambda t: t.update({EXPERT: t[EXPERT].to(torch.int8)})),
-        "is stored as I8",
-    ),
-    "quantised": (
-        lambda folder: edit(
-            folder, lambda t: t.update({EXPERT: t[EXPERT].to(torch.float8_e4m3fn)})
-        ),
-        "is stored as F8_E4M3",
-    ),
-    "extra_key": (
-        lambda folder: edit(folder, lambda t: t.update({"model.more": torch.zeros(2)})),
-        "holds model.more, which the model does not have",
-    ),
-    "extra_expert": (
-        lambda folder: edit(
-            folder, lambda t: t.update({EXPERT.replace(".3.", ".8."): t[EXPERT].clone()})
-        ),
-        "holds 9",
-    ),
-    "fused_twice": (
-        lambda folder: edit(
-            folder, lambda t: t.update({FUSED: torch.zeros(8, 256, 64)})
-        ),
-        "twice",
-    ),
-    "outside": (point_outside, "must name safetensors files inside the folder"),
-    "no_weights": (
-        lambda folder: (folder / "model.safetensors.index.json").unlink(),
-        "holds neither model.safetensors nor",
-    ),
-}  # fmt: skip
-FUSED = "model.layers.1.mlp.experts.gate_up_proj"
-
-
-def refused_on_rank(run: Run, folders: list[str], is_meta: bool):
-    """Load a faulty folder, on rank 1 alone where there are two; nothing may change."""
-    model = patched(run, is_meta=is_meta)
-    before = None if is_meta else full_parameters(model)
-    folder = folders[-1] if dist.get_rank() == 1 else folders[0]
-    message = ""
-    try:
-        torch_moe_ep.load_hf(model, folder)
-    except ValueError as error:
-        message = str(error)
-    if is_meta:
-        assert all(param.is_meta for param in model.parameters())
-    else:
-        after = full_parameters(model)
-        assert all(torch.equal(before[name], after[name]) for name in before)
-    return message
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_load_hf_refuses_a_folder_that_does_not_fit_on_every_rank(ranks, folders, tmp_path, fault):
-    spoil, words = FAULTS[fault]
-    folder = tmp_path / "hub"
-    shutil.copytree(folders(), folder)
-    spoil(folder)
-    messages = ranks(2).run(refused_on_rank, Run("fsdp2", 2, 2), [str(folder)], fault == "outside")
-    assert messages[0] == messages[1]
-    assert re.search(words, messages[0]), messages[0]
-
-
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
-def test_load_hf_fault_on_one_rank_is_raised_on_all(ranks, folders, tmp_path, kind):
-    folder = tmp_path / "hub"
-    shutil.copytree(folders(), folder)
-    truncate(folder)
-    both = [str(folders()), str(folder)]
-    messages = ranks(2).run(refused_on_rank, Run(kind, 2, 2), both, False)
-    assert messages[0] == messages[1]
-    assert messages[0].startswith("rank 1: ") and "truncated" in messages[0]
-
-
-def test_load_hf_tied_model_refuses_different_copies_and_takes_equal_ones(ranks, folders, tmp_path):
-    run = Run("fsdp2", 2, 2, model=TIED)
-    for is_equal in (True, False):
-        folder = tmp_path / str(is_equal)
-        model = tiny_mixtral(seed=7)
-        if is_equal:
-            model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
-        model.save_pretrained(folder)
-        messages = ranks(2).run(message_of, run, str(folder))
-        assert messages[0] == messages[1]
-        assert ("ties them" in messages[0]) is not is_equal, messages[0]
-
-
-def message_of(run: Run, folder: str) -> str:
-    try:
-        torch_moe_ep.load_hf(patched(run), folder)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def unpatched_on_rank(folder: str) -> None:
-    with pytest.raises(ValueError, match="apply_expert_parallel"):
-        torch_moe_ep.load_hf(tiny_mixtral(), folder)
-
-
-def test_load_hf_refuses_an_unpatched_model(ranks, folders):
-    ranks(1).run(unpatched_on_rank, str(folders()))
 
 
 def other_family_on_rank(folder: str):
