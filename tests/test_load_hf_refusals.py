@@ -43,10 +43,14 @@ def edit(folder: Path, change) -> None:
     index_path.write_text(json.dumps(index))
 
 
-def point_outside(folder: Path) -> None:
+def point_to(folder: Path, name: str) -> None:
+    """Let the index name a file that exists: nothing but its name is wrong."""
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
-    index["weight_map"][EXPERT] = "../other/model.safetensors"
+    file = folder / name
+    file.parent.mkdir(exist_ok=True)
+    shutil.copy(folder / index["weight_map"][EXPERT], file)
+    index["weight_map"][EXPERT] = name
     path.write_text(json.dumps(index))
 
 
@@ -91,7 +95,14 @@ FAULTS = {
         ),
         "twice",
     ),
-    "outside": (point_outside, "must name safetensors files inside the folder"),
+    "outside": (
+        lambda folder: point_to(folder, "../other/model.safetensors"),
+        "must name safetensors files inside the folder",
+    ),
+    "pickle": (
+        lambda folder: point_to(folder, "pytorch_model.bin"),
+        "must name safetensors files inside the folder",
+    ),
     "no_weights": (
         lambda folder: (folder / "model.safetensors.index.json").unlink(),
         "holds neither model.safetensors nor",
