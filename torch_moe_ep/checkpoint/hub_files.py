@@ -105,11 +105,6 @@ class HubFiles:
 
     def _open_file(self, name: str) -> Any:
         path = self.folder / name
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{INDEX} of {self.folder} names {name!r}; it must name safetensors files inside "
-                f"the folder."
-            )
         if not path.is_file():
             raise ValueError(
                 f"{INDEX} names {name}, which {self.folder} lacks; download or export it anew."
@@ -135,6 +130,11 @@ class HubFiles:
             is_fit = False
         if not is_fit:
             raise ValueError(f"{path} is no index of weights; download or export it anew.")
+        for name in weight_map.values():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{path} names {name!r}; it must name safetensors files inside the folder."
+                )
         return dict(weight_map)
 
 
