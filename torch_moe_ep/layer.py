@@ -31,8 +31,6 @@ class ExpertParallelExperts(nn.Module):
         self,
         *,
         ep_group_name: str,
-        ep_size: int,
-        ep_rank: int,
         num_experts: int,
         weight_grad_scale: float,
         config: MoEConfig,
@@ -41,17 +39,14 @@ class ExpertParallelExperts(nn.Module):
         """Give the module what the class met does not have.
 
         Args:
-            ep_group_name: name of the EP process group; "" for P = 1.
-            ep_size: P.
-            ep_rank: this rank in the EP group; it owns the experts [ep_rank * L, ep_rank * L + L).
+            ep_group_name: name of the EP process group, whose rank r owns the experts
+                [r * L, r * L + L); "" for P = 1.
             num_experts: E.
             weight_grad_scale: factor on weight gradients.
             config: what is chosen.
             device: where the experts compute.
         """
         self.ep_group_name = ep_group_name
-        self.ep_size = ep_size
-        self.ep_rank = ep_rank
         self.num_global_experts = num_experts
         self.weight_grad_scale = weight_grad_scale
         self.moe_config = config

@@ -21,12 +21,14 @@ constexpr int64_t kElementsPerTask = 1 << 14;
 
 // out[t] = sum over k of rows[slot[t * copies + k]] in ascending k; one copy keeps the row's bits.
 template <typename T>
-void sum_rows(const T* rows, const int64_t* slot, int64_t copies, int64_t hidden, T* out) {
+void sum_rows(
+    const T* rows, const int64_t* slot, int64_t copies, std::vector<float>& sums, T* out) {
+  const auto hidden = static_cast<int64_t>(sums.size());
   if (copies == 1) {
     std::copy_n(rows + slot[0] * hidden, hidden, out);
     return;
   }
-  std::vector<float> sums(hidden, 0.0f);
+  std::fill(sums.begin(), sums.end(), 0.0f);
   for (int64_t k = 0; k < copies; ++k) {
     const T* row = rows + slot[k] * hidden;
     for (int64_t h = 0; h < hidden; ++h) sums[h] += static_cast<float>(row[h]);
@@ -45,8 +47,9 @@ at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& slot_of_copy, i
     const scalar_t* from = dense.const_data_ptr<scalar_t>();
     scalar_t* to = out.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, num_outputs, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> sums(hidden);
       for (int64_t t = begin; t < end; ++t) {
-        sum_rows(from, slot + t * copies, copies, hidden, to + t * hidden);
+        sum_rows(from, slot + t * copies, copies, sums, to + t * hidden);
       }
     });
   });

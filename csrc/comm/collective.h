@@ -1,10 +1,11 @@
 // Collective transport: rows and counts through a c10d process group, any backend. Knows bytes and
 // ranks only.
 //
-// Groups travel by name (c10d's registry of groups). Every function but group_size and group_rank
-// is collective over the group. On CUDA nothing here waits on the host but to_host.
-// A failed or timed-out collective raises with the operation, the group's ranks and this rank; its
-// time-out is TORCH_MOE_EP_TIMEOUT_S seconds where that is set, else the process group's own.
+// Groups travel by name (c10d's registry of groups). Every function but group_size, group_rank and
+// to_host is collective over the group. Under NCCL nothing here waits on the host but to_host; gloo
+// waits for every exchange. A failed or timed-out collective raises with the operation, this rank
+// and the ranks that did not take part (failure.h); its time-out is TORCH_MOE_EP_TIMEOUT_S seconds
+// where that is set, else the process group's own.
 #pragma once
 
 #include <ATen/core/Tensor.h>

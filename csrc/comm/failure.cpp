@@ -19,6 +19,7 @@ std::string key_of(int64_t group_rank) {
 // Group ranks that did not give up within the grace.
 std::vector<int64_t> silent_ranks(c10d::ProcessGroup& group) {
   const auto store = group.getStore();
+  TORCH_CHECK(store, "the group has no store");
   store->set(key_of(group.getRank()), std::string("1"));
   std::this_thread::sleep_for(kGrace);
   std::vector<int64_t> silent;
@@ -59,7 +60,7 @@ void raise_failure(const std::string& operation,
     silent = describe_silent(group, device_type);
   } catch (const std::exception&) {
     // The store lives on a rank of its own; when that rank is gone nobody can be asked.
-    silent = "the ranks at fault are unknown, the group's store does not answer";
+    silent = "the ranks at fault are unknown, the group's store is missing or does not answer";
   }
   TORCH_CHECK(false,
               "torch_moe_ep: the ",

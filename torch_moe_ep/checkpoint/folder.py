@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from torch_moe_ep.parallel.gather import shared_reason
+
 MARKER = "complete.json"
 SCHEDULER = "scheduler.pt"
 
@@ -74,7 +76,6 @@ def raise_alike(failure: Exception | None) -> None:
         note = str(failure) if is_plain else f"{type(failure).__name__}: {failure}"
     notes: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(notes, note)
-    for rank, text in enumerate(notes):
-        if text is not None:
-            is_shared = all(other == text for other in notes)
-            raise ValueError(text if is_shared else f"rank {rank}: {text}") from failure
+    shared = shared_reason(notes)
+    if shared is not None:
+        raise ValueError(shared) from failure

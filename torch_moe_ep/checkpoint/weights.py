@@ -68,7 +68,7 @@ def find_weights(model: nn.Module) -> list[Weight]:
             module.reshard()
     names: dict[int, str] = {}
     for name, module in inner.named_modules():
-        names[id(module)] = _plain_name(name)
+        names[id(module)] = plain_name(name)
     found: list[Weight] = []
     flattened: set[tuple[int, str]] = set()
     for unit in _fsdp1_wrappers(model):
@@ -129,7 +129,8 @@ def _held(weight: Weight) -> torch.Tensor:
     return tensor.detach()
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A dotted name without the names that wrappers put in."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_moe_ep.config import MoEConfig
 from torch_moe_ep.integrations import transformers as hf
 from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.gather import shared_reason
 from torch_moe_ep.parallel.mesh import mesh_misfit
 
 MIN_TORCH = (2, 11)
@@ -245,10 +246,9 @@ def _agree(
 ) -> None:
     notes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(notes, (reason, signature))
-    for rank, (other_reason, _) in enumerate(notes):
-        if other_reason is not None:
-            is_shared = all(note[0] == other_reason for note in notes)
-            raise ValueError(other_reason if is_shared else f"rank {rank}: {other_reason}")
+    shared = shared_reason([note[0] for note in notes])
+    if shared is not None:
+        raise ValueError(shared)
     rows = [note[1][0] for note in notes]
     for rank, row in enumerate(rows):
         if row != rows[0]:

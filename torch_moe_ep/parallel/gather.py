@@ -1,9 +1,22 @@
-"""A few numbers of every rank, for the checks around the pipeline."""
+"""What every rank says, for the checks around the pipeline."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from torch_moe_ep import ops  # noqa: F401  registers the operator
+
+
+def shared_reason(notes: Sequence[str | None]) -> str | None:
+    """What to raise on all ranks, given each rank's objection: the lowest rank's that has one.
+
+    Its rank stands before it unless all ranks say the same. None: nobody objects.
+    """
+    for rank, text in enumerate(notes):
+        if text is not None:
+            return text if all(other == text for other in notes) else f"rank {rank}: {text}"
+    return None
 
 
 def all_gather(row: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:

@@ -42,8 +42,6 @@ def swap_experts(
     assert isinstance(module, ExpertParallelExperts)
     module.setup_expert_parallel(
         ep_group_name=ep_mesh.get_group().group_name if ep_mesh.size() > 1 else "",
-        ep_size=ep_mesh.size(),
-        ep_rank=ep_mesh.get_local_rank(),
         num_experts=num_experts,
         weight_grad_scale=weight_grad_scale(config, state.mesh.size(), ep_mesh.size()),
         config=config,

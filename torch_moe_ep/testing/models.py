@@ -92,8 +92,6 @@ def make_local_expert_parallel(experts: nn.Module, config: Any = None) -> nn.Mod
     assert isinstance(experts, ExpertParallelExperts)
     experts.setup_expert_parallel(
         ep_group_name="",
-        ep_size=1,
-        ep_rank=0,
         num_experts=num_experts,
         weight_grad_scale=1.0,
         config=MoEConfig() if config is None else config,

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,9 +17,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-_WRAPPER_NAMES = re.compile(
-    r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.|^module\."
-)
+from torch_moe_ep.checkpoint import weights
+
 FSDP1_STRATEGIES = {
     "fsdp1": ShardingStrategy.FULL_SHARD,
     "fsdp1_grad_op": ShardingStrategy.SHARD_GRAD_OP,
@@ -95,7 +93,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def plain_name(name: str) -> str:
     """A parameter's name without the names that wrappers put in."""
-    return _WRAPPER_NAMES.sub("", name)
+    return weights.plain_name(name.removeprefix("module."))
 
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
