@@ -43,7 +43,7 @@ def test_pool_returns_results_in_rank_order(ranks):
     [
         (raise_on_rank_1, "ValueError: the reason"),
         (die_on_rank_1, "rank 1 died with exit code 3"),
-        (hang_on_rank_1, "rank 1 hung: no answer in 2 s"),
+        (hang_on_rank_1, "rank 1 hung: no answer within 2 s"),
     ],
     ids=["raised", "died", "hung"],
 )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from torch_moe_ep import apply_expert_parallel, init_device_mesh, ops
-from torch_moe_ep.testing import LoneExperts, random_routing
+from torch_moe_ep.testing import LoneExperts, RankFailure, random_routing
 
 TIMEOUT_S = 2
 # The others give up, wait three seconds for each other, and say who was missing.
@@ -60,6 +60,28 @@ def test_ranks_are_named_by_their_global_numbers(ranks):
     said = ranks(4).run(failed_on_global_rank, timeout_s=60)
     assert "failed on global rank 2" in said[2]
     assert "did not take part: 3 " in said[2]
+
+
+def message_when_the_partner_dies(batches_before: int) -> str:
+    os.environ["TORCH_MOE_EP_TIMEOUT_S"] = str(TIMEOUT_S)
+    model = apply_expert_parallel(LoneExperts(), init_device_mesh("cpu", 2))
+    for _ in range(batches_before):
+        model(torch.randn(3, 16), *random_routing(3, 2, 8)).sum().backward()
+    if dist.get_rank() == 1:
+        os._exit(7)
+    with pytest.raises(RuntimeError) as caught:
+        model(torch.randn(3, 16), *random_routing(3, 2, 8))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("batches_before", [0, 1], ids=["at_first", "after_a_batch"])
+def test_rank_that_dies_is_named_by_the_other(ranks, batches_before):
+    with pytest.raises(RankFailure, match="rank 1 died with exit code 7") as caught:
+        ranks(2).run(
+            message_when_the_partner_dies, batches_before, timeout_s=60, grace_s=ABSENCE_S + 10.0
+        )
+    assert "failed on global rank 0" in caught.value.results[0]
+    assert "global ranks that did not take part: 1 " in caught.value.results[0]
 
 
 def refused_time_out() -> None:

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/element_type_of.h"
+#include "common/fresh_pages.h"
 #include "expert_mlp/expert_mlp.h"
 #include "expert_mlp/swiglu_loops.h"
 
@@ -182,6 +183,7 @@ class WeightGradient {
                const at::Tensor& left,
                const at::Tensor& right,
                double beta) const {
+    if (beta == 0.0) take_fresh_pages(out);
     at::addmm_out(out, out, left.t(), right, beta, scale_);
   }
 
@@ -248,6 +250,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cpu(const at::Tensor& rows
     at::Tensor segment_z = has_z ? segment.of(z) : z_buffer.narrow(0, 0, segment.count);
     const at::Tensor activation = buffer.narrow(0, 0, segment.count);
     at::Tensor segment_y = segment.of(y);
+    if (has_z) take_fresh_pages(segment_z);
     multiply(segment_z, segment.of(dense_rows), dense_gate_up.select(0, segment.expert));
     swiglu(segment_z, segment.of(dense_weights), activation);
     multiply(segment_y, activation, dense_down.select(0, segment.expert));

@@ -34,7 +34,7 @@ from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 DEFAULT_TIMEOUT_S = 60.0
-GRACE_S = 3.0  # how long the other ranks may take to answer once one has failed
+GRACE_S = 3.0
 PRELOAD = (
     "torch",
     "torch.distributed.fsdp",
@@ -47,7 +47,15 @@ PRELOAD = (
 
 
 class RankFailure(RuntimeError):
-    """One or more ranks raised, died or hung; the message names them and says what they did."""
+    """One or more ranks raised, died or hung; the message names them and says what they did.
+
+    Attributes:
+        results: what the other ranks returned, by rank.
+    """
+
+    def __init__(self, message: str, results: dict[int, Any]) -> None:
+        super().__init__(message)
+        self.results = results
 
 
 class RankPool:
@@ -85,6 +93,7 @@ class RankPool:
         function: Callable[..., Any],
         *args: Any,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        grace_s: float = GRACE_S,
         arg_of_rank: list[Any] | None = None,
     ) -> list[Any]:
         """Run `function(*args)` on every rank and return the results in rank order.
@@ -93,6 +102,7 @@ class RankPool:
             function: importable by name on the workers.
             args: pickled once, the same for all ranks.
             timeout_s: wall-clock limit of the whole case.
+            grace_s: how long the other ranks may take to answer once one has failed.
             arg_of_rank: an extra first argument per rank.
 
         Raises:
@@ -106,7 +116,7 @@ class RankPool:
         for rank, (_, connection) in enumerate(self._workers):
             first = () if arg_of_rank is None else (arg_of_rank[rank],)
             connection.send_bytes(pickle.dumps((function, (*first, *args), store)))
-        return self._collect(function, timeout_s)
+        return self._collect(function, timeout_s, grace_s)
 
     def close(self) -> None:
         """End the workers this pool started and remove its folder."""
@@ -141,7 +151,7 @@ class RankPool:
         assert self._folder is not None
         return str(Path(self._folder.name) / f"rank{rank}.log")
 
-    def _collect(self, function: Callable[..., Any], timeout_s: float) -> list[Any]:
+    def _collect(self, function: Callable[..., Any], timeout_s: float, grace_s: float) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         waiting = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
         results: dict[int, Any] = {}
@@ -157,24 +167,24 @@ class RankPool:
                 else:
                     (results if is_ok else failures)[rank] = value
                 if failures:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
+                    deadline = min(deadline, time.monotonic() + grace_s)
         if not waiting and not failures:
             return [results[rank] for rank in range(self.world_size)]
-        message = self._report(function, timeout_s, failures, sorted(waiting.values()))
+        limit = f"{grace_s:g} s of the failure" if failures else f"{timeout_s:g} s"
+        message = self._report(function, limit, failures, sorted(waiting.values()))
         self._kill()
-        raise RankFailure(message)
+        raise RankFailure(message, results)
 
     def _report(
-        self, function: Callable[..., Any], timeout_s: float, failures: dict[int, str],
+        self, function: Callable[..., Any], limit: str, failures: dict[int, str],
         silent: list[int],
     ) -> str:  # fmt: skip
         name = getattr(function, "__qualname__", repr(function))
         lines = [f"{name} on {self.world_size} ranks failed."]
         for rank, text in failures.items():
             lines.append(f"--- rank {rank} ---\n{text.rstrip()}")
-        limit = f"in {timeout_s:g} s" if not failures else f"within {GRACE_S:g} s of the failure"
         for rank in silent:
-            lines.append(f"--- rank {rank} hung: no answer {limit} ---\n{self._stack(rank)}")
+            lines.append(f"--- rank {rank} hung: no answer within {limit} ---\n{self._stack(rank)}")
         return "\n".join(lines)
 
     def _obituary(self, rank: int) -> str:
