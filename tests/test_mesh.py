@@ -1,5 +1,8 @@
 """The grid of ranks: shapes, placement of ranks, and degrees that do not fit (trap 22)."""
 
+import os
+import time
+
 import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -44,6 +47,39 @@ def test_init_device_mesh_with_degrees_that_do_not_fit_says_so_on_every_rank(
     ranks, degrees, message
 ):
     assert all(message in said for said in ranks(4).run(message_of_mesh, *degrees))
+
+
+def message_of_other_mesh(rank: int, odd_rank: int) -> str:
+    with pytest.raises(ValueError) as error:
+        init_device_mesh("cpu", 4 if rank == odd_rank else 2)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("odd_rank", "values"), [(0, "4 and 2"), (3, "2 and 4")])
+def test_ranks_that_ask_for_different_meshes_raise_alike_and_do_not_hang(ranks, odd_rank, values):
+    said = ranks(4).run(message_of_other_mesh, odd_rank, arg_of_rank=[0, 1, 2, 3], timeout_s=30)
+    other = odd_rank or 1
+    expected = f"ranks 0 and {other} differ in expert_parallel_degree: {values}; make it the same"
+    assert said == [f"{expected} on every rank."] * 4
+
+
+def message_without(rank: int, absent: int) -> str:
+    os.environ["TORCH_MOE_EP_TIMEOUT_S"] = "1"
+    try:
+        if rank == absent:
+            time.sleep(2.0)
+            return ""
+        with pytest.raises(RuntimeError) as error:
+            init_device_mesh("cpu", 2)
+        return str(error.value)
+    finally:
+        del os.environ["TORCH_MOE_EP_TIMEOUT_S"]
+
+
+def test_rank_that_does_not_come_to_the_mesh_is_named_by_the_others(ranks):
+    said = ranks(4).run(message_without, 2, arg_of_rank=[0, 1, 2, 3], timeout_s=30)
+    assert said.pop(2) == ""
+    assert all("ranks [2] did not come to init_device_mesh within 1 s" in text for text in said)
 
 
 def test_init_device_mesh_without_process_group_says_what_to_call():

@@ -233,9 +233,13 @@ def message_on_rank(rank: int, case: str, odd_rank: int) -> str:
     if case == "meta" and rank == odd_rank:
         with torch.device("meta"):
             model = tiny_mixtral()
+    config = MoEConfig(gradient="sum") if case == "config" and rank == odd_rank else None
     with pytest.raises(ValueError) as error:
         apply_expert_parallel(
-            model, init_device_mesh("cpu", 1), sync_from_rank0=(case == "meta" and odd_rank == 0)
+            model.bfloat16() if case == "dtype" and rank == odd_rank else model,
+            init_device_mesh("cpu", 1),
+            config,
+            sync_from_rank0=(case == "meta" and odd_rank == 0),
         )
     return str(error.value)
 
@@ -244,7 +248,17 @@ def message_on_rank(rank: int, case: str, odd_rank: int) -> str:
     ("case", "odd_rank", "message"),
     [
         ("frozen", 1, f"rank 1: {EXPERTS} is partly frozen"),
-        ("other_model", 1, "ranks 0 and 1 hold different experts"),
+        (
+            "other_model",
+            1,
+            "ranks 0 and 1 differ in the shape of model.layers.0.mlp.experts.gate_up_proj: (8, ",
+        ),
+        (
+            "dtype",
+            1,
+            "layers.0.mlp.experts.gate_up_proj: torch.float32 and torch.bfloat16",
+        ),
+        ("config", 0, "ranks 0 and 1 differ in MoEConfig.gradient: 'sum' and 'mean'"),
         ("meta", 1, "on the meta device on ranks [1] only; pass sync_from_rank0=True"),
         ("meta", 0, "sync_from_rank0=True needs rank 0's experts"),
     ],

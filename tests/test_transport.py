@@ -1,6 +1,7 @@
 """The collective transport when a rank is at fault: every other one raises and names it."""
 
 import os
+import socket
 import time
 
 import pytest
@@ -62,26 +63,55 @@ def test_ranks_are_named_by_their_global_numbers(ranks):
     assert "did not take part: 3 " in said[2]
 
 
-def message_when_the_partner_dies(batches_before: int) -> str:
+def die() -> None:
+    os._exit(7)
+
+
+def message_when_the_partner_dies(dying: int, stage: str, batches_before: int) -> str:
     os.environ["TORCH_MOE_EP_TIMEOUT_S"] = str(TIMEOUT_S)
     model = apply_expert_parallel(LoneExperts(), init_device_mesh("cpu", 2))
     for _ in range(batches_before):
         model(torch.randn(3, 16), *random_routing(3, 2, 8)).sum().backward()
-    if dist.get_rank() == 1:
-        os._exit(7)
+    if dist.get_rank() == dying:
+        setattr(ops, stage, lambda *_args, **_kwargs: die())
     with pytest.raises(RuntimeError) as caught:
         model(torch.randn(3, 16), *random_routing(3, 2, 8))
     return str(caught.value)
 
 
-@pytest.mark.parametrize("batches_before", [0, 1], ids=["at_first", "after_a_batch"])
-def test_rank_that_dies_is_named_by_the_other(ranks, batches_before):
+@pytest.mark.parametrize(
+    ("stage", "batches_before"), [("plan", 1), ("dispatch", 0), ("expert_mlp", 0), ("combine", 1)]
+)
+def test_rank_that_dies_in_a_stage_is_named_by_the_other(ranks, stage, batches_before):
     with pytest.raises(RankFailure, match="rank 1 died with exit code 7") as caught:
         ranks(2).run(
-            message_when_the_partner_dies, batches_before, timeout_s=60, grace_s=ABSENCE_S + 10.0
+            message_when_the_partner_dies,
+            1,
+            stage,
+            batches_before,
+            timeout_s=60,
+            grace_s=ABSENCE_S + 10.0,
         )
     assert "failed on global rank 0" in caught.value.results[0]
     assert "global ranks that did not take part: 1 " in caught.value.results[0]
+
+
+def message_when_the_store_dies(port: int) -> str:
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    return message_when_the_partner_dies(0, "dispatch", 1)
+
+
+def test_rank_0_that_dies_with_the_store_is_named(ranks):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(RankFailure, match="rank 0 died with exit code 7") as caught:
+        ranks(2).run(message_when_the_store_dies, port, timeout_s=60, grace_s=ABSENCE_S + 10.0)
+    said = caught.value.results[1]
+    assert "failed on global rank 1" in said
+    assert f"(127.0.0.1:{port}) does not answer: global rank 0 is dead" in said
 
 
 def refused_time_out() -> None:

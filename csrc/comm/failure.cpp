@@ -1,6 +1,8 @@
 #include "comm/failure.h"
 
 #include <c10/util/Exception.h>
+#include <torch/csrc/distributed/c10d/PrefixStore.hpp>
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <chrono>
 #include <cstdint>
@@ -47,6 +49,19 @@ std::string describe_silent(c10d::ProcessGroup& group, c10::DeviceType device_ty
          " (dead, stuck elsewhere, or slower than the time-out)";
 }
 
+// When nobody can be asked: whoever holds the store is gone.
+std::string describe_store(c10::intrusive_ptr<c10d::Store> store) {
+  while (const auto prefixed = c10::dynamic_intrusive_pointer_cast<c10d::PrefixStore>(store)) {
+    store = prefixed->getUnderlyingStore();
+  }
+  const auto tcp = c10::dynamic_intrusive_pointer_cast<c10d::TCPStore>(store);
+  if (!tcp)
+    return "the ranks at fault are unknown, the group's store is missing or does not answer";
+  return "the process that holds the group's store (" + tcp->getHost() + ":" +
+         std::to_string(tcp->getPort()) +
+         ") does not answer: global rank 0 is dead, or the launcher where it holds the store";
+}
+
 }  // namespace
 
 void raise_failure(const std::string& operation,
@@ -59,8 +74,7 @@ void raise_failure(const std::string& operation,
     here = std::to_string(global_rank(group, device_type, group.getRank()));
     silent = describe_silent(group, device_type);
   } catch (const std::exception&) {
-    // The store lives on a rank of its own; when that rank is gone nobody can be asked.
-    silent = "the ranks at fault are unknown, the group's store is missing or does not answer";
+    silent = describe_store(group.getStore());
   }
   TORCH_CHECK(false,
               "torch_moe_ep: the ",

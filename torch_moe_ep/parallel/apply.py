@@ -58,7 +58,7 @@ def apply_expert_parallel(
             order of calls does not fit; the sentence says the way out. At the first forward when
             the dense parameters are spread over fewer ranks than see different data.
 
-    Collective over all ranks. Syncs the host only through the small object exchange.
+    Collective over all ranks; ranks compare notes through the process group's store first.
     """
     request = Request(
         model=model,

@@ -1,12 +1,12 @@
 """Refusals: what `apply_expert_parallel` cannot do, said in one sentence with the way out.
 
-Every rank looks at its own model, then all compare notes (one all-gather of small objects), so
-that all ranks raise alike and nothing is changed when one of them objects.
+Every rank looks at its own model, then all compare notes (`agreement`), so that all ranks raise
+alike and nothing is changed when one of them objects.
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_moe_ep.config import MoEConfig
 from torch_moe_ep.integrations import transformers as hf
 from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.agreement import agree, first_difference
 from torch_moe_ep.parallel.gather import shared_reason
 from torch_moe_ep.parallel.mesh import mesh_misfit
 
@@ -52,9 +53,11 @@ def check_request(request: Request) -> dict[str, nn.Module]:
         The experts modules to swap, by name.
 
     Raises:
-        ValueError: on every rank, with the sentence of the lowest rank that objects.
+        ValueError: on every rank, with the sentence of the lowest rank that objects, or with what
+            ranks have not in common.
+        RuntimeError: a rank did not come; the message names it.
 
-    Collective over all ranks (one `all_gather_object`); changes nothing.
+    Collective over all ranks, through the store alone; changes nothing.
     """
     if not dist.is_initialized():
         raise ValueError(
@@ -66,7 +69,13 @@ def check_request(request: Request) -> dict[str, nn.Module]:
     if reason is None:
         experts, misfits = hf.find_experts(request.model)
         reason = _experts_misfit(request, experts, misfits)
-    _agree(reason, _signature(experts), request.sync_from_rank0)
+    note = {
+        "reason": reason,
+        "settings": _settings(request, experts) if reason is None else {},
+        "is_meta": any(param.is_meta for found in experts.values() for param in _weights(found)),
+        "is_synced": request.sync_from_rank0,
+    }
+    agree("apply_expert_parallel", note, _verdict)
     return experts
 
 
@@ -230,44 +239,47 @@ def _weights(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     return gate_up, down
 
 
-def _signature(experts: dict[str, nn.Module]) -> tuple[tuple[Any, ...], bool]:
-    """What all ranks must have in common, and whether this rank's weights are on meta."""
-    rows = tuple(
-        (name, tuple(param.shape), str(param.dtype), param.requires_grad)
-        for name, module in experts.items()
-        for param in _weights(module)
-    )
-    is_meta = any(param.is_meta for module in experts.values() for param in _weights(module))
-    return rows, is_meta
+def _settings(request: Request, experts: dict[str, nn.Module]) -> dict[str, str]:
+    """What all ranks must have in common, by the names that users know."""
+    mesh = request.mesh
+    settings = {
+        "the shape of mesh (replicate, shard, ep)": str(tuple(mesh.shape)),
+        "mp_policy": repr(request.mp_policy),
+        "offload_policy": repr(request.offload_policy),
+        "sync_from_rank0": repr(request.sync_from_rank0),
+        "reshard_after_forward": repr(request.reshard_after_forward),
+        "TORCH_MOE_EP_CHECK": os.environ.get("TORCH_MOE_EP_CHECK", "unset"),
+    }
+    for field in fields(request.config):
+        settings[f"MoEConfig.{field.name}"] = repr(getattr(request.config, field.name))
+    for name, module in experts.items():
+        for key, param in zip(("gate_up_proj", "down_proj"), _weights(module), strict=True):
+            settings[f"the shape of {name}.{key}"] = str(tuple(param.shape))
+            settings[f"the dtype of {name}.{key}"] = str(param.dtype)
+            settings[f"requires_grad of {name}.{key}"] = str(param.requires_grad)
+    return settings
 
 
-def _agree(
-    reason: str | None, signature: tuple[tuple[Any, ...], bool], sync_from_rank0: bool
-) -> None:
-    notes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(notes, (reason, signature))
-    shared = shared_reason([note[0] for note in notes])
-    if shared is not None:
-        raise ValueError(shared)
-    rows = [note[1][0] for note in notes]
-    for rank, row in enumerate(rows):
-        if row != rows[0]:
-            raise ValueError(
-                f"ranks 0 and {rank} hold different experts (names, shapes, dtypes or "
-                f"requires_grad); build the same model on every rank."
-            )
-    metas = [note[1][1] for note in notes]
-    if sync_from_rank0 and metas[0]:
-        raise ValueError(
+def _verdict(notes: list[dict[str, Any]]) -> str | None:
+    reason = shared_reason([note["reason"] for note in notes])
+    return reason or first_difference([note["settings"] for note in notes]) or _meta_misfit(notes)
+
+
+def _meta_misfit(notes: list[dict[str, Any]]) -> str | None:
+    metas = [note["is_meta"] for note in notes]
+    is_synced = notes[0]["is_synced"]
+    if is_synced and metas[0]:
+        return (
             "sync_from_rank0=True needs rank 0's experts, but they are on the meta device; load "
             "the model on rank 0 first."
         )
-    if not sync_from_rank0 and len(set(metas)) > 1:
-        raise ValueError(
+    if not is_synced and len(set(metas)) > 1:
+        return (
             f"the experts are on the meta device on ranks "
             f"{[rank for rank, is_meta in enumerate(metas) if is_meta]} only; pass "
             f"sync_from_rank0=True, or load the model on every rank."
         )
+    return None
 
 
 def torch_version() -> tuple[int, int]:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.device_mesh import init_device_mesh as _torch_init_device_mesh
 
+from torch_moe_ep.parallel.agreement import agree, first_difference
+
 MESH_DIMS = ("replicate", "shard", "ep")
 
 
@@ -28,11 +30,19 @@ def init_device_mesh(
         P = 2, S = 2: rank 5 is replicate 1, shard 0, ep 1.
 
     Raises:
-        ValueError: no process group, or P * S does not divide W.
+        ValueError: on every rank: P * S does not divide W, or ranks ask for different meshes. No
+            process group.
+        RuntimeError: a rank did not come within the time-out; the message names it.
 
-    Collective: creates process groups, so every rank calls it with the same arguments.
+    Collective: creates process groups.
     """
     world_size = _world_size()
+    settings = {
+        "device_type": device_type,
+        "expert_parallel_degree": str(expert_parallel_degree),
+        "hybrid_shard_degree": str(hybrid_shard_degree),
+    }
+    agree("init_device_mesh", settings, first_difference)
     if expert_parallel_degree < 1:
         raise ValueError(
             f"expert_parallel_degree must be at least 1, got {expert_parallel_degree}."
