@@ -21,17 +21,12 @@ namespace {
 using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
 using Work = c10::intrusive_ptr<c10d::Work>;
 
-// Unset leaves the choice to the process group.
-std::chrono::milliseconds collective_timeout() {
-  const auto text = c10::utils::get_env("TORCH_MOE_EP_TIMEOUT_S");
-  if (!text.has_value() || text->empty()) return c10d::kUnsetTimeout;
-  int64_t seconds = 0;
-  const char* end = text->data() + text->size();
-  const auto parsed = std::from_chars(text->data(), end, seconds);
-  TORCH_CHECK_VALUE(parsed.ec == std::errc() && parsed.ptr == end && seconds > 0,
-                    "TORCH_MOE_EP_TIMEOUT_S must be a positive whole number of seconds, got ",
-                    *text);
-  return std::chrono::seconds(seconds);
+// NCCL kills the process when a collective outlives its time-out; it keeps its own, longer one, and
+// the wait for the counts (to_host) speaks first. Other backends raise here, within ours.
+std::chrono::milliseconds collective_timeout(const Group& group, c10::DeviceType device_type) {
+  return group->getBackend(device_type)->getBackendName() == "nccl"
+             ? c10d::kUnsetTimeout
+             : exchange_timeout(*group, device_type);
 }
 
 // Waits as the backend does: on the host for gloo, on the current stream for NCCL.
@@ -63,6 +58,20 @@ at::Tensor as_bytes(const at::Tensor& rows) {
 
 }  // namespace
 
+std::chrono::milliseconds exchange_timeout(c10d::ProcessGroup& group, c10::DeviceType device_type) {
+  const auto text = c10::utils::get_env("TORCH_MOE_EP_TIMEOUT_S");
+  if (!text.has_value() || text->empty()) {
+    return group.getBackend(device_type)->getBackendOptions()->timeout * 4 / 5;
+  }
+  int64_t seconds = 0;
+  const char* end = text->data() + text->size();
+  const auto parsed = std::from_chars(text->data(), end, seconds);
+  TORCH_CHECK_VALUE(parsed.ec == std::errc() && parsed.ptr == end && seconds > 0,
+                    "TORCH_MOE_EP_TIMEOUT_S must be a positive whole number of seconds, got ",
+                    *text);
+  return std::chrono::seconds(seconds);
+}
+
 int64_t group_size(const std::string& group_name) {
   return c10d::resolve_process_group(group_name)->getSize();
 }
@@ -79,14 +88,12 @@ at::Tensor all_gather(const at::Tensor& row, const std::string& group_name) {
   at::Tensor input = row.unsqueeze(0);
   at::Tensor gathered = at::empty({group->getSize(), row.numel()}, row.options());
   c10d::AllgatherOptions options;
-  options.timeout = collective_timeout();
+  options.timeout = collective_timeout(group, row.device().type());
   run("all-gather of numbers", group, row.device().type(), [&] {
     return group->_allgather_base(gathered, input, options);
   });
   return gathered;
 }
-
-at::Tensor to_host(const at::Tensor& counts) { return counts.to(at::kCPU); }
 
 at::Tensor all_to_all_rows(const at::Tensor& rows,
                            const std::vector<int64_t>& send_rows,
@@ -103,7 +110,7 @@ at::Tensor all_to_all_rows(const at::Tensor& rows,
   std::vector<int64_t> output_splits = received_rows;
   std::vector<int64_t> input_splits = send_rows;
   c10d::AllToAllOptions options;
-  options.timeout = collective_timeout();
+  options.timeout = collective_timeout(group, rows.device().type());
   run("all-to-all of rows", group, rows.device().type(), [&] {
     return group->alltoall_base(output, input, output_splits, input_splits, options);
   });

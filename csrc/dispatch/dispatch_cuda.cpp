@@ -141,7 +141,8 @@ void check_ids_at_once(const at::Tensor& invalid_flag, const std::string& group_
   const at::Tensor flag = invalid_flag.reshape({1}).to(at::kLong);
   const at::Tensor flags =
       group_name.empty() ? flag.unsqueeze(0) : comm::all_gather(flag, group_name);
-  const at::Tensor host_flags = comm::to_host(flags);
+  const at::Tensor host_flags =
+      group_name.empty() ? flags.to(at::kCPU) : comm::to_host(flags, group_name);
   const auto rows = host_flags.accessor<int64_t, 2>();
   for (int64_t rank = 0; rank < host_flags.size(0); ++rank) {
     if (rows[rank][0] == 0) continue;
@@ -189,7 +190,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cuda
   check_ids_at_once(invalid_flag, group_name);
   const at::Tensor counts = comm::all_gather(places.counts, group_name);
   // The one host wait of a layer's forward.
-  const at::Tensor host_counts = comm::to_host(counts);
+  const at::Tensor host_counts = comm::to_host(counts, group_name);
   const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);
   check_max_rows(sizes.largest_num_slots, max_rows);
   const at::Tensor slot_of_received = at::empty({sizes.num_received}, counts.options());

@@ -6,14 +6,25 @@ NCCL refuses two ranks on one GPU unless each names another host; the ranks then
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from torch_moe_ep import apply_expert_parallel, init_device_mesh, ops
-from torch_moe_ep.testing import RankPool, assert_close, batch_of, relative_error, tiny_mixtral
+from torch_moe_ep.testing import (
+    LoneExperts,
+    RankFailure,
+    RankPool,
+    assert_close,
+    batch_of,
+    random_routing,
+    relative_error,
+    tiny_mixtral,
+)
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
 from torch_moe_ep.testing.reference import reference_gradients, reference_steps
 
@@ -151,6 +162,49 @@ def refused_id() -> str:
     return ""
 
 
+def host_waits_of_a_layer() -> tuple[int, int]:
+    """Waits of the host for the GPU in one layer's forward and backward, as the profiler saw."""
+    rank = enter_rank()
+    mesh = init_device_mesh("cuda", dist.get_world_size())
+    experts = apply_expert_parallel(LoneExperts().cuda().bfloat16(), mesh)
+    x = torch.randn(300 + rank, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ids, weights = random_routing(300 + rank, 2, 8)
+    ids, weights = ids.cuda(), weights.cuda()
+    waits = []
+    for _ in range(2):  # the first run builds communicators and gathers weights
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as forward:
+            output = experts(x, ids, weights)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as backward:
+            output.sum().backward()
+        waits = [num_host_waits(forward), num_host_waits(backward)]
+    return waits[0], waits[1]
+
+
+def num_host_waits(profiled: profile) -> int:
+    """Calls that wait for the GPU; the profiler itself ends with one wait for the device."""
+    names = [event.name for event in profiled.events()]
+    waits = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+    return sum(name in waits for name in names) + max(0, names.count("cudaDeviceSynchronize") - 1)
+
+
+def message_without_the_last_rank() -> str:
+    """What a rank says whose partner stays away from the second batch."""
+    rank = enter_rank()
+    mesh = init_device_mesh("cuda", 2)
+    experts = apply_expert_parallel(LoneExperts().cuda(), mesh)
+    os.environ["TORCH_MOE_EP_TIMEOUT_S"] = "3"
+    x = torch.randn(5, 16, device="cuda")
+    ids, weights = random_routing(5, 2, 8)
+    experts(x, ids.cuda(), weights.cuda())
+    if rank == 1:
+        time.sleep(9.0)  # the other gives up after 3 s and waits 3 s for this one to say the same
+        os._exit(0)
+    with pytest.raises(RuntimeError) as caught:
+        experts(x, ids.cuda(), weights.cuda())
+    return str(caught.value)
+
+
 def train(expert_parallel_degree: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of three SGD steps under FSDP2 and the full gradients of the first."""
     rank = enter_rank()
@@ -229,3 +283,17 @@ def test_ranks_training_under_fsdp2_equals_one_process(
     losses, _ = reference_steps(model, optimizer, steps)
     for ours, _ in results:
         assert ours == pytest.approx(losses, rel=1e-4)
+
+
+def test_ranks_layer_waits_once_on_the_host_in_forward_and_never_in_backward(
+    gpu_ranks: Callable[[int], RankPool],
+) -> None:
+    assert gpu_ranks(2).run(host_waits_of_a_layer, timeout_s=TIMEOUT_S) == [(1, 0), (1, 0)]
+
+
+def test_ranks_partner_that_stays_away_is_named_before_nccl_gives_up() -> None:
+    with RankPool(2, backend="nccl") as pool, pytest.raises(RankFailure) as caught:
+        pool.run(message_without_the_last_rank, timeout_s=TIMEOUT_S, grace_s=10.0)
+    said = caught.value.results[0]
+    assert "the exchange of counts failed on global rank 0" in said
+    assert "global ranks that did not take part: 1 " in said
