@@ -21,8 +21,10 @@ if TYPE_CHECKING:
         export_hf,
         latest_checkpoint,
         load_checkpoint,
+        load_data_state,
         load_hf,
         save_checkpoint,
+        wait_for_checkpoint,
     )
     from torch_moe_ep.config import MoEConfig
     from torch_moe_ep.parallel import (
@@ -46,16 +48,26 @@ __all__ = [
     "initialize_experts",
     "latest_checkpoint",
     "load_checkpoint",
+    "load_data_state",
     "load_hf",
     "metrics",
     "ops",
     "param_groups",
     "reference",
     "save_checkpoint",
+    "wait_for_checkpoint",
 ]
 
 _MODULES = ("metrics", "ops", "reference")
-_CHECKPOINT = ("export_hf", "latest_checkpoint", "load_checkpoint", "load_hf", "save_checkpoint")
+_CHECKPOINT = (
+    "export_hf",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_data_state",
+    "load_hf",
+    "save_checkpoint",
+    "wait_for_checkpoint",
+)
 
 
 def __getattr__(name: str) -> Any:

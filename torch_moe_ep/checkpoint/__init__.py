@@ -1,12 +1,14 @@
 """Checkpoints: sharded saves that resume training, and folders in Hugging Face's layout.
 
 A checkpoint is a folder of torch.distributed.checkpoint (one file per rank, weights under their
-global shapes), ``scheduler.pt`` where a scheduler was given, and ``complete.json``, written last:
-a folder without it was interrupted and is never loaded.
+global shapes), with everything else inside as byte tensors, and ``complete.json``, written last:
+a folder without it was interrupted and is never loaded. docs/checkpoints.md is for users.
 
 File by file::
 
-save.py, load.py, folder.py   checkpoints; what rank 0 does for all, errors that all ranks raise
+save.py, load.py              checkpoints, at once or in the background
+rank_state.py, rng.py         what is saved beside weights: scheduler, generators, data, counters
+folder.py                     names, markers, renames; what rank 0 does, errors that all ranks raise
 hub_load.py                   load_hf: check, agree, then fill each rank's part
 hub_names.py                  which tensors of a folder make up which weight
 hub_files.py                  safetensors headers, and the one place that reads weights
@@ -16,7 +18,15 @@ weights.py                    a wrapped model's weights one by one, whatever sha
 
 from torch_moe_ep.checkpoint.export import export_hf
 from torch_moe_ep.checkpoint.hub_load import load_hf
-from torch_moe_ep.checkpoint.load import latest_checkpoint, load_checkpoint
-from torch_moe_ep.checkpoint.save import save_checkpoint
+from torch_moe_ep.checkpoint.load import latest_checkpoint, load_checkpoint, load_data_state
+from torch_moe_ep.checkpoint.save import save_checkpoint, wait_for_checkpoint
 
-__all__ = ["export_hf", "latest_checkpoint", "load_checkpoint", "load_hf", "save_checkpoint"]
+__all__ = [
+    "export_hf",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_data_state",
+    "load_hf",
+    "save_checkpoint",
+    "wait_for_checkpoint",
+]

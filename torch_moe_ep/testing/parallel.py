@@ -132,7 +132,7 @@ def from_rank0(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def bits(tensor: torch.Tensor) -> str:
     """A digest of a tensor's bytes."""
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(data).hexdigest()
 
 

@@ -1,0 +1,114 @@
+"""What a checkpoint holds beside weights and optimizer, as byte tensors of its own.
+
+``host.common`` is written by rank 0: scheduler, and which generators stood alike on all ranks.
+``host.rank<r>`` is rank r's: its random generators and its `data_state`. Both are torch.save
+archives in uint8 tensors, read back with ``weights_only``. ``routing.<layer>.<name>`` are the
+routing's own tensors.
+"""
+
+import io
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from torch_moe_ep.checkpoint.rng import digests, reseed, rng_state
+from torch_moe_ep.parallel.state import states_of
+
+COMMON = "common"
+
+
+def pack(value: Any, what: str) -> torch.Tensor:
+    """Any plain value as uint8 ``[bytes]``.
+
+    Raises:
+        ValueError: `value` holds objects that ``torch.load(weights_only=True)`` refuses.
+    """
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:  # pickle and torch raise errors of many kinds
+        raise ValueError(
+            f"{what} cannot be saved ({type(error).__name__}: {str(error).splitlines()[0]}); it "
+            f"may hold tensors, numbers, strings, None, and dicts, lists and tuples of them."
+        ) from error
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def unpack(packed: torch.Tensor) -> Any:
+    """What `pack` was given."""
+    return torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
+
+
+def rank_key(rank: int) -> str:
+    """The key of one rank's state."""
+    return f"rank{rank}"
+
+
+def collect_host(scheduler: LRScheduler | None, data_state: Any) -> dict[str, torch.Tensor]:
+    """This rank's byte tensors, by key; rank 0 has the common one too.
+
+    Raises:
+        ValueError: a state that is not made of plain values.
+
+    Collective over all ranks (one `all_gather_object`), also when it raises.
+    """
+    rank = dist.get_rank()
+    rng = rng_state()
+    alike = _generators_alike(digests(rng))
+    host = {rank_key(rank): pack({"rng": rng, "data": data_state}, "data_state")}
+    if rank == 0:
+        common = {
+            "alike": alike,
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+        }
+        host[COMMON] = pack(common, "the scheduler's state")
+    return host
+
+
+def rng_of_rank(saved: dict[str, Any], alike: list[str], rank: int, has_same_world: bool) -> Any:
+    """The generators' states that a rank goes on with.
+
+    Args:
+        saved: this rank's states; at another number of ranks rank 0's.
+        alike: generators that stood alike on all ranks.
+        rank: of this process.
+        has_same_world: whether as many ranks load as saved.
+    """
+    if has_same_world:
+        return saved
+    apart = {name: value for name, value in saved.items() if name not in alike}
+    return {**saved, **reseed(apart, rank)}
+
+
+def routing_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The counters of tokens per expert since their last reset, summed over all ranks.
+
+    Collective over all ranks (one all-reduce) where the model has experts.
+    """
+    counters = routing_counters(model)
+    if not counters:
+        return {}
+    flat = torch.cat([counter.reshape(-1) for counter in counters.values()])
+    dist.all_reduce(flat)
+    parts = torch.split(flat, [counter.numel() for counter in counters.values()])
+    return dict(zip(counters, parts, strict=True))
+
+
+def routing_counters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """This rank's counters int64 ``[E]`` themselves, by the key they are saved under."""
+    return {
+        f"{name}.tokens_per_expert": experts.tokens_per_expert
+        for state in states_of(model)
+        for name, experts in state.experts.items()
+    }
+
+
+def _generators_alike(digest: dict[str, str]) -> list[str]:
+    found: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, digest)
+    return [name for name in digest if len({other.get(name) for other in found}) == 1]
