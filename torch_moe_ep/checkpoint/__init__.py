@@ -9,6 +9,8 @@ File by file::
 save.py, load.py              checkpoints, at once or in the background
 rank_state.py, rng.py         what is saved beside weights: scheduler, generators, data, counters
 folder.py                     names, markers, renames; what rank 0 does, errors that all ranks raise
+__main__.py, stored.py        the command line; a checkpoint as its files: info, verify
+reshard.py, offline_export.py other grids and the hub's layout, from files to files
 hub_load.py                   load_hf: check, agree, then fill each rank's part
 hub_names.py                  which tensors of a folder make up which weight
 hub_files.py                  safetensors headers, and the one place that reads weights

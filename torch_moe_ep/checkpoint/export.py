@@ -48,15 +48,22 @@ def export_hf(
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
     ignored = getattr(inner, "_keys_to_ignore_on_save", None) or ()
     weights = [weight for weight in find_weights(model) if weight.names[0] not in ignored]
-    export = _Export(inner, Path(folder), max_shard_bytes, weights)
+    export = HubExport(inner, Path(folder), max_shard_bytes, weights)
     on_rank0(export.begin)
     for weight, tensor in each_tensor(model, weights, writeback=False):
         on_rank0(functools.partial(export.add, weight.names[0], _gathered(tensor)))
     on_rank0(export.end)
 
 
-class _Export:
-    """What rank 0 does of an export; other ranks never call it."""
+class HubExport:
+    """What one process does of an export: begin, add every weight, end. Not collective.
+
+    Args:
+        inner: the transformers model without wrappers; its weights are not looked at.
+        folder: created when missing.
+        max_shard_bytes: see `export_hf`.
+        weights: what `add` will be called with.
+    """
 
     def __init__(
         self, inner: Any, folder: Path, max_shard_bytes: int, weights: Sequence[Weight]
@@ -67,6 +74,7 @@ class _Export:
         self.weights = weights
 
     def begin(self) -> None:
+        """Write the config and make way for the weights."""
         self.writer = HubWriter(self.folder, self.max_shard_bytes)
         # Without weights it writes config, generation config and custom code alone.
         self.inner.save_pretrained(self.folder, state_dict={})
@@ -77,10 +85,12 @@ class _Export:
         self.converter = HubConverter(self.inner, blanks)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one full weight by its name in the model."""
         for hub_name, part in self.converter.add(name, tensor.cpu()).items():
             self.writer.add(hub_name, part)
 
     def end(self) -> None:
+        """Write what is left and the index."""
         self.writer.close(sum(weight.shape.numel() for weight in self.weights))
 
 

@@ -149,7 +149,7 @@ def _collect(
     return {**state, "routing": routing_state(model), "host": host}
 
 
-def _description(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+def _description(model: nn.Module, saved: dict[str, Any]) -> dict[str, Any]:
     """What the marker says for people and for the command line."""
     states = states_of(model)
     mesh = states[0].mesh if states else None
@@ -158,7 +158,8 @@ def _description(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
         "grid": None if mesh is None else dict(
             zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)
         ),
-        "has_optimizer": "optimizer" in state,
+        "has_optimizer": "optimizer" in saved,
+        "experts": [name for state in states for name in state.experts],
         "torch": torch.__version__,
     }  # fmt: skip
 

@@ -43,6 +43,18 @@ def init_device_mesh(
         "hybrid_shard_degree": str(hybrid_shard_degree),
     }
     agree("init_device_mesh", settings, first_difference)
+    shape = grid_shape(world_size, expert_parallel_degree, hybrid_shard_degree)
+    return _torch_init_device_mesh(device_type, shape, mesh_dim_names=MESH_DIMS)
+
+
+def grid_shape(
+    world_size: int, expert_parallel_degree: int, hybrid_shard_degree: int
+) -> tuple[int, int, int]:
+    """(R, S, P) of W ranks; `hybrid_shard_degree` 0 means S = W / P. Not collective.
+
+    Raises:
+        ValueError: a degree out of range, or P * S does not divide W.
+    """
     if expert_parallel_degree < 1:
         raise ValueError(
             f"expert_parallel_degree must be at least 1, got {expert_parallel_degree}."
@@ -53,17 +65,15 @@ def init_device_mesh(
             f"{hybrid_shard_degree}."
         )
     group_size = expert_parallel_degree * max(1, hybrid_shard_degree)
-    if world_size % group_size != 0:
+    if world_size < 1 or world_size % group_size != 0:
         raise ValueError(
             f"expert_parallel_degree * hybrid_shard_degree must divide the number of ranks: "
             f"{expert_parallel_degree} * {max(1, hybrid_shard_degree)} does not divide "
             f"{world_size}; change a degree or the number of ranks."
         )
     shard_degree = hybrid_shard_degree or world_size // expert_parallel_degree
-    shape = (world_size // (expert_parallel_degree * shard_degree), shard_degree)
-    return _torch_init_device_mesh(
-        device_type, (*shape, expert_parallel_degree), mesh_dim_names=MESH_DIMS
-    )
+    replicas = world_size // (expert_parallel_degree * shard_degree)
+    return replicas, shard_degree, expert_parallel_degree
 
 
 def dense_mesh(mesh: DeviceMesh, shard_degree: int) -> DeviceMesh:

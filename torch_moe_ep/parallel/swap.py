@@ -78,12 +78,29 @@ def local_slice(full: torch.Tensor, state: ExpertParallelState) -> torch.Tensor:
 def local_box(full_shape: torch.Size, state: ExpertParallelState) -> tuple[slice, ...]:
     """Where this rank's part lies in a full weight ``[E, a, b]``: `local_slice` as an index."""
     ep_mesh, mesh = state.mesh["ep"], state.mesh["shard"]
-    num_local = full_shape[0] // ep_mesh.size()
-    start = [ep_mesh.get_local_rank() * num_local, 0, 0]
+    return expert_box(
+        full_shape,
+        (ep_mesh.get_local_rank(), ep_mesh.size()),
+        (mesh.get_local_rank(), mesh.size()),
+    )
+
+
+def expert_box(
+    full_shape: torch.Size, ep: tuple[int, int], shard: tuple[int, int]
+) -> tuple[slice, ...]:
+    """Where one rank's part lies in a full weight ``[E, a, b]``.
+
+    Args:
+        full_shape: of the weight; P divides E.
+        ep: (rank, P) in the EP group.
+        shard: (rank, S) in the shard group.
+    """
+    num_local = full_shape[0] // ep[1]
+    start = [ep[0] * num_local, 0, 0]
     length = [num_local, *full_shape[1:]]
-    dim = shard_dim(torch.Size(length), mesh.size())
-    chunk = -(-length[dim] // mesh.size())  # rounded up, as torch.chunk does
-    first = min(mesh.get_local_rank() * chunk, length[dim])
+    dim = shard_dim(torch.Size(length), shard[1])
+    chunk = -(-length[dim] // shard[1])  # rounded up, as torch.chunk does
+    first = min(shard[0] * chunk, length[dim])
     start[dim] += first
     length[dim] = min(chunk, length[dim] - first)
     return tuple(slice(a, a + n) for a, n in zip(start, length, strict=True))
