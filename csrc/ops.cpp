@@ -13,6 +13,8 @@ TORCH_LIBRARY(torch_moe_ep, m) {
   m.def(
       "route_backward(Tensor grad_weights, Tensor logits, Tensor weights, Tensor expert_ids, "
       "bool normalize) -> Tensor");
+  // exp(logits) scaled so that every expert has the same share: fp32 [T, E]; not differentiable.
+  m.def("sinkhorn(Tensor logits, int num_iterations) -> Tensor");
 
   // Where each copy goes: counts meet over the EP group, nothing else travels.
   m.def(

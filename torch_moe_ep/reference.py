@@ -25,6 +25,17 @@ def route(
     return weights, expert_ids
 
 
+def sinkhorn(logits: torch.Tensor, num_iterations: int) -> torch.Tensor:
+    """The loop, on exp(logits) in fp64, rounded once."""
+    cost = torch.exp(logits.double())
+    num_tokens, num_experts = cost.shape
+    row_scale, column_scale = cost.new_ones(num_tokens), cost.new_ones(num_experts)
+    for _ in range(num_iterations):
+        row_scale = 1.0 / (num_tokens * (cost * column_scale).sum(dim=1))
+        column_scale = 1.0 / (num_experts * (row_scale[:, None] * cost).sum(dim=0))
+    return (row_scale[:, None] * cost * column_scale).float()
+
+
 def plan(expert_ids: torch.Tensor, num_experts: int, *, row_alignment: int = 1) -> DispatchPlan:
     """Copies ordered by expert, then by copy; each expert's segment rounded up."""
     ids = expert_ids.flatten()

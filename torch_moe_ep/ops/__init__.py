@@ -17,5 +17,6 @@ from torch_moe_ep.ops.dispatch import dispatch
 from torch_moe_ep.ops.expert_mlp import expert_mlp
 from torch_moe_ep.ops.plan import DispatchPlan, plan
 from torch_moe_ep.ops.route import route
+from torch_moe_ep.ops.sinkhorn import sinkhorn
 
-__all__ = ["DispatchPlan", "combine", "dispatch", "expert_mlp", "plan", "route"]
+__all__ = ["DispatchPlan", "combine", "dispatch", "expert_mlp", "plan", "route", "sinkhorn"]
