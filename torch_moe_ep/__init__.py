@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         initialize_experts,
         param_groups,
     )
+    from torch_moe_ep.routing import set_aux_loss_scale
 
 __all__ = [
     "MoEConfig",
@@ -55,6 +56,7 @@ __all__ = [
     "param_groups",
     "reference",
     "save_checkpoint",
+    "set_aux_loss_scale",
     "wait_for_checkpoint",
 ]
 
@@ -79,6 +81,8 @@ def __getattr__(name: str) -> Any:
     home = "parallel"
     if name == "MoEConfig":
         home = "config"
+    elif name == "set_aux_loss_scale":
+        home = "routing"
     elif name in _CHECKPOINT:
         home = "checkpoint"
     value = getattr(importlib.import_module(f"{__name__}.{home}"), name)

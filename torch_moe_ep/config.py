@@ -1,10 +1,14 @@
 """What a user chooses about the experts."""
 
+import math
 from dataclasses import dataclass
 
 GRADIENTS = ("mean", "sum")
 RECOMPUTES = ("none", "gate_up")
 TRANSPORTS = ("auto", "collective")
+ROUTINGS = ("huggingface", "none", "aux_loss", "sinkhorn", "balanced", "bias")
+ROUTER_DTYPES = (None, "float32")
+AUX_SCOPES = ("local", "global")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,22 @@ class MoEConfig:
             0: no bound.
         transport: what carries rows between ranks. "collective": the EP process group's
             all-to-all. "auto": the best there is, which is the same.
+        routing: how experts are chosen and weighted. "huggingface": by the model's own router.
+            "none": top-k, weighted by the softmax over the chosen (Mixtral's rule). "aux_loss":
+            the same, and a load-balancing loss. "sinkhorn": in training top-k of the
+            Sinkhorn-scaled probabilities, weights not normalised. "balanced": every expert in
+            turn whatever the logits say, for benchmarks. "bias": top-k of probability plus a bias
+            that moves after each optimizer step. `torch_moe_ep.routing` has formulas and sources.
+        router_dtype: "float32": logits in fp32, from fp32 copies of tokens and router weight, also
+            under autocast. None: the parameters' dtype.
+        aux_loss_coeff: factor of the load-balancing loss, with routing="aux_loss" only.
+        z_loss_coeff: factor of the z loss, with every routing. Both losses are added to the
+            gradient and reported by `metrics.router_losses`, never added to the model's loss.
+        aux_scope: "local": each rank's loss is of its own batch, as Hugging Face has it. "global":
+            token shares are summed over all ranks (an all-reduce per layer).
+        capacity_factor: in training an expert takes at most ``ceil(factor * T K / E)`` of a rank's
+            copies, the rest is dropped; at least 1. 0: dropless.
+        bias_update_rate: how far the bias of routing="bias" moves in a step.
 
     Raises:
         ValueError: a value that is none of these.
@@ -35,6 +55,13 @@ class MoEConfig:
     max_slots: int = 0
     max_received_rows: int = 0
     transport: str = "auto"
+    routing: str = "huggingface"
+    router_dtype: str | None = None
+    aux_loss_coeff: float = 0.001
+    z_loss_coeff: float = 0.0
+    aux_scope: str = "local"
+    capacity_factor: float = 0.0
+    bias_update_rate: float = 0.001
 
     def __post_init__(self) -> None:
         _check_choice("gradient", self.gradient, GRADIENTS)
@@ -42,14 +69,40 @@ class MoEConfig:
         _check_choice("transport", self.transport, TRANSPORTS)
         _check_count("max_slots", self.max_slots)
         _check_count("max_received_rows", self.max_received_rows)
+        _check_choice("routing", self.routing, ROUTINGS)
+        _check_choice("router_dtype", self.router_dtype, ROUTER_DTYPES)
+        _check_choice("aux_scope", self.aux_scope, AUX_SCOPES)
+        for name in ("aux_loss_coeff", "z_loss_coeff", "capacity_factor", "bias_update_rate"):
+            _check_factor(name, getattr(self, name))
+        if 0 < self.capacity_factor < 1:
+            raise ValueError(
+                f"capacity_factor must be at least 1, or 0 for dropless, got "
+                f"{self.capacity_factor}."
+            )
+
+    @property
+    def changes_router(self) -> bool:
+        """Whether the model's router does anything that Hugging Face's own does not."""
+        return (
+            self.routing != "huggingface"
+            or self.router_dtype is not None
+            or self.z_loss_coeff > 0
+            or self.capacity_factor > 0
+        )
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
     if value not in choices:
-        allowed = " or ".join(f'"{choice}"' for choice in choices)
+        allowed = " or ".join("None" if c is None else f'"{c}"' for c in choices)
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
 
 
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"{name} must be a number of rows, or 0 for no bound, got {value!r}.")
+
+
+def _check_factor(name: str, value: object) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type, operator]
+        raise ValueError(f"{name} must be a finite number, at least 0, got {value!r}.")

@@ -1,4 +1,4 @@
-"""What the experts did: how many token copies each of them got.
+"""What experts and routers did: token copies of each expert, the router's losses.
 
 Every experts module counts its rank's copies per global expert once per backward (evaluation and
 recomputation by activation checkpointing leave the counters alone). Counting is on the device and
@@ -57,6 +57,57 @@ def expert_load(model: nn.Module, *, reset: bool = False) -> ExpertLoad:
     if reset:
         reset_expert_load(model)
     return ExpertLoad(tokens, {name: _imbalance(counts) for name, counts in tokens.items()})
+
+
+class RouterLosses(NamedTuple):
+    """What the routers added to the gradient since the last reset: means over all ranks.
+
+    Attributes:
+        z_loss: router name to z loss, its coefficient included, per backward pass; 0 where none
+            ran. The model's z loss is the sum over routers.
+        aux_loss: the same of the load-balancing loss of routing="aux_loss".
+        num_dropped: router name to copies dropped by the capacity factor, summed over all ranks
+            and backward passes.
+        dropped_share: the same as part of all copies.
+    """
+
+    z_loss: dict[str, float]
+    aux_loss: dict[str, float]
+    num_dropped: dict[str, int]
+    dropped_share: dict[str, float]
+
+
+def router_losses(model: nn.Module, *, reset: bool = False) -> RouterLosses:
+    """Read what the routers counted, once per backward, over all ranks.
+
+    Args:
+        model: a patched model, or its FSDP1 or DDP wrapper.
+        reset: start counting anew afterwards.
+
+    Raises:
+        ValueError: the model's routers are Hugging Face's own, which count nothing here.
+
+    Collective over all ranks (one all-reduce of layers * 5 fp64); syncs the host.
+    """
+    routers = {name: router for s in states_of(model) for name, router in s.routers.items()}
+    if not routers:
+        raise ValueError(
+            "the model's routers are Hugging Face's own and add no loss; choose routing, "
+            "z_loss_coeff or capacity_factor in the MoEConfig of apply_expert_parallel."
+        )
+    sums = torch.stack([router.loss_sums for router in routers.values()])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    if reset:
+        for router in routers.values():
+            router.loss_sums.zero_()
+    rows = dict(zip(routers, sums.tolist(), strict=True))
+    return RouterLosses(
+        z_loss={name: z / max(1.0, passes) for name, (z, _, _, _, passes) in rows.items()},
+        aux_loss={name: aux / max(1.0, passes) for name, (_, aux, _, _, passes) in rows.items()},
+        num_dropped={name: int(dropped) for name, (_, _, dropped, _, _) in rows.items()},
+        dropped_share={name: row[2] / max(1.0, row[3]) for name, row in rows.items()},
+    )
 
 
 def reset_expert_load(model: nn.Module) -> None:

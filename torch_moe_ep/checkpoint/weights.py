@@ -198,6 +198,7 @@ def _plain_weights(
             key: tensor
             for key, tensor in module._buffers.items()
             if key not in module._non_persistent_buffers_set
+            and key not in getattr(module, "unexported_buffers", ())
         }
         for key, tensor in {**module._parameters, **persistent}.items():
             if tensor is None or (id(module), key) in flattened or key == "_flat_param":

@@ -11,6 +11,7 @@ later (absent means concatenated); ``has_post_expert_norm`` and ``_is_expert_par
 (absent means no).
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -42,6 +43,50 @@ def find_experts(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
         else:
             misfits.append(f"{name} ({type(module).__name__}): {reason}")
     return fits, misfits
+
+
+def find_routers(
+    model: nn.Module, experts: dict[str, nn.Module]
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Find the routers whose rule can be replaced: linear, without bias, beside their experts.
+
+    Args:
+        model: any module.
+        experts: of `find_experts`.
+
+    Returns:
+        Name of the router to module, in the order of `experts`, and one sentence for each experts
+        module without such a router.
+
+    Not collective.
+    """
+    fits: dict[str, nn.Module] = {}
+    misfits: list[str] = []
+    for name, module in experts.items():
+        down = module._parameters["down_proj"]
+        assert down is not None
+        parent_name = name.rpartition(".")[0]
+        found = {
+            f"{parent_name}.{key}" if parent_name else key: child
+            for key, child in model.get_submodule(parent_name).named_children()
+            if child is not module and _is_linear_router(child, (down.shape[0], down.shape[1]))
+        }
+        if len(found) == 1:
+            fits.update(found)
+        else:
+            misfits.append(f"{name} has {len(found) or 'no'} router(s) of Mixtral's kind beside it")
+    return fits, misfits
+
+
+def _is_linear_router(module: nn.Module, shape: tuple[int, int]) -> bool:
+    """Whether a module is a router of ``weight [E, H]`` alone that takes hidden states alone."""
+    params = {name: p for name, p in module._parameters.items() if p is not None}
+    if set(params) != {"weight"} or tuple(params["weight"].shape) != shape:
+        return False
+    if module._modules or module._buffers or not isinstance(getattr(module, "top_k", None), int):
+        return False
+    arguments = inspect.signature(type(module).forward).parameters.values()
+    return sum(a.default is inspect.Parameter.empty for a in arguments) == 2  # self, hidden_states
 
 
 def native_expert_parallel(model: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 from torch_moe_ep.config import MoEConfig
+from torch_moe_ep.integrations.transformers import find_routers
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.parallel.checks import Request, check_request
 from torch_moe_ep.parallel.forward import wrap_forward
@@ -17,6 +18,8 @@ from torch_moe_ep.parallel.state import ExpertParallelState, track
 from torch_moe_ep.parallel.state_dict import register_state_dict_hooks
 from torch_moe_ep.parallel.stock_clip import register_stock_clip_handlers
 from torch_moe_ep.parallel.swap import swap_experts
+from torch_moe_ep.routing.losses import follow_grad_scaler
+from torch_moe_ep.routing.router import swap_router
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -80,6 +83,8 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
         swap_experts(module, state, request.config, request.sync_from_rank0)
         assert isinstance(module, ExpertParallelExperts)
         state.experts[name] = module
+    if request.config.changes_router:
+        _swap_routers(state, request)
     track(state)
     for experts in state.experts.values():
         shard_experts(
@@ -95,3 +100,11 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
     wrap_forward(state)
     register_step_hooks()
     register_stock_clip_handlers()
+
+
+def _swap_routers(state: ExpertParallelState, request: Request) -> None:
+    follow_grad_scaler()
+    routers, _ = find_routers(request.model, dict(state.experts))
+    for (name, router), experts in zip(routers.items(), state.experts.values(), strict=True):
+        num_experts = experts.num_global_experts
+        state.routers[name] = swap_router(router, request.config, num_experts, state.device)

@@ -182,6 +182,7 @@ def _experts_misfit(
     checks: tuple[Callable[[Request, dict[str, nn.Module]], str | None], ...] = (
         _uniform_misfit,
         _device_misfit,
+        _router_misfit,
     )
     for check in checks:
         reason = check(request, experts)
@@ -228,6 +229,18 @@ def _device_misfit(request: Request, experts: dict[str, nn.Module]) -> str | Non
             f"the experts are on {device} but this rank's current device is "
             f"{device_type}:{current}; call torch.{device_type}.set_device(local_rank) before "
             f"loading the model."
+        )
+    return None
+
+
+def _router_misfit(request: Request, experts: dict[str, nn.Module]) -> str | None:
+    if not request.config.changes_router:
+        return None
+    _, misfits = hf.find_routers(request.model, experts)
+    if misfits:
+        return (
+            f"{misfits[0]}, so routing, router_dtype, z_loss_coeff and capacity_factor must stay "
+            f"at their defaults for this model."
         )
     return None
 

@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
 
 from torch_moe_ep.parallel.flags import check_flags
 from torch_moe_ep.parallel.state import ExpertParallelState, live_states
+from torch_moe_ep.routing.bias import move_biases
 
 Group = dict[str, Any]
 
@@ -91,6 +92,8 @@ def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 
 def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     _join_groups(optimizer)
+    for state in _stepped_states(optimizer):
+        move_biases(state.routers.values())
 
 
 def _stepped_states(optimizer: Optimizer) -> list[ExpertParallelState]:

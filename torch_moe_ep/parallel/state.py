@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.routing.router import RoutedRouter
 
 _LIVE: "weakref.WeakSet[ExpertParallelState]" = weakref.WeakSet()
 _WRAPPERS = (FullyShardedDataParallel, DistributedDataParallel)
@@ -26,11 +27,15 @@ _WRAPPERS = (FullyShardedDataParallel, DistributedDataParallel)
 
 @dataclass(eq=False)
 class ExpertParallelState:
-    """One patched model. `experts` maps module names, as they were at apply, to modules."""
+    """One patched model. `experts` maps module names, as they were at apply, to modules.
+
+    So does `routers`, which is empty where the model's own routers are left as they are.
+    """
 
     model: nn.Module
     mesh: DeviceMesh
     experts: dict[str, ExpertParallelExperts]
+    routers: dict[str, RoutedRouter] = field(default_factory=dict)
     wrapper_refs: list["weakref.ref[nn.Module]"] = field(default_factory=list)
     root: nn.Module | None = None
     is_started: bool = False
