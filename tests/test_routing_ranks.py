@@ -177,7 +177,6 @@ def routed_reference(config: dict) -> tuple[list[float], list[float], dict[str, 
     outputs = [model(**batch_of(rank)) for rank in range(2)]
     for output in outputs:
         (output.loss / 2).backward()
-    # Each backward adds the router's losses whole; the reference is the mean over two batches.
     return (
         [output.loss.item() for output in outputs],
         [output.aux_loss.item() for output in outputs],
@@ -265,6 +264,6 @@ def refused_on_rank() -> None:
         router_losses(model)
     other = tiny_mixtral()
     other.model.layers[0].mlp.gate.bias = nn.Parameter(torch.zeros(8))
-    with pytest.raises(ValueError, match="has no router.* must stay at their defaults"):
+    with pytest.raises(ValueError, match=r"has no router.* must stay at their defaults"):
         apply_expert_parallel(other, init_device_mesh("cpu", 2), MoEConfig(routing="none"))
     assert not hasattr(other.model.layers[1].mlp.experts, "expert_parallel_state")

@@ -9,6 +9,7 @@ TRANSPORTS = ("auto", "collective")
 ROUTINGS = ("huggingface", "none", "aux_loss", "sinkhorn", "balanced", "bias")
 ROUTER_DTYPES = (None, "float32")
 AUX_SCOPES = ("local", "global")
+DISPATCHERS = ("all_to_all", "all_gather")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class MoEConfig:
             0: no bound.
         transport: what carries rows between ranks. "collective": the EP process group's
             all-to-all. "auto": the best there is, which is the same.
+        dispatcher: "all_to_all": each copy goes to its expert's rank. "all_gather": every rank of
+            the EP group gets all tokens of the group; for small groups and for comparison.
+            `max_received_rows` bounds the first alone.
+        global_token_shuffle: mix the tokens of the EP group's ranks before they are routed, and
+            put them back after the experts: the same fixed permutation, drawn from `seed` and the
+            layer's name, in every step. Batch statistics of the router (Sinkhorn, capacity,
+            load-balancing loss) are then those of a sample of the group's tokens.
+        seed: of the shuffle.
         routing: how experts are chosen and weighted. "huggingface": by the model's own router.
             "none": top-k, weighted by the softmax over the chosen (Mixtral's rule). "aux_loss":
             the same, and a load-balancing loss. "sinkhorn": in training top-k of the
@@ -55,6 +64,9 @@ class MoEConfig:
     max_slots: int = 0
     max_received_rows: int = 0
     transport: str = "auto"
+    dispatcher: str = "all_to_all"
+    global_token_shuffle: bool = False
+    seed: int = 0
     routing: str = "huggingface"
     router_dtype: str | None = None
     aux_loss_coeff: float = 0.001
@@ -69,6 +81,10 @@ class MoEConfig:
         _check_choice("transport", self.transport, TRANSPORTS)
         _check_count("max_slots", self.max_slots)
         _check_count("max_received_rows", self.max_received_rows)
+        _check_choice("dispatcher", self.dispatcher, DISPATCHERS)
+        _check_choice("global_token_shuffle", self.global_token_shuffle, (True, False))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
         _check_choice("routing", self.routing, ROUTINGS)
         _check_choice("router_dtype", self.router_dtype, ROUTER_DTYPES)
         _check_choice("aux_scope", self.aux_scope, AUX_SCOPES)
@@ -91,9 +107,9 @@ class MoEConfig:
         )
 
 
-def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        allowed = " or ".join("None" if c is None else f'"{c}"' for c in choices)
+        allowed = " or ".join(f'"{c}"' if isinstance(c, str) else repr(c) for c in choices)
         raise ValueError(f"{name} must be {allowed}, got {value!r}.")
 
 

@@ -4,10 +4,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 
 from torch_moe_ep import ops
 from torch_moe_ep.config import MoEConfig
+from torch_moe_ep.gather_dispatch import (
+    CountCopies,
+    gather_tokens,
+    plan_own_experts,
+    scatter_sums,
+)
+from torch_moe_ep.routing.choose import count_copies
 
 
 class ExpertParallelExperts(nn.Module):
@@ -70,6 +78,8 @@ class ExpertParallelExperts(nn.Module):
         break under torch.compile. P = 1: no collective; host syncs of `ops.expert_mlp` only.
         """
         run = self._pipeline_eagerly if self.ep_group_name else self._pipeline
+        if self.ep_group_name and self.moe_config.dispatcher == "all_gather":
+            run = self._gathered_eagerly
         return run(hidden_states, top_k_index, top_k_weights)
 
     def _pipeline(
@@ -102,6 +112,40 @@ class ExpertParallelExperts(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pipeline_eagerly(self, *args: Any) -> torch.Tensor:
         return self._pipeline(*args)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _gathered_eagerly(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The pipeline over all tokens of the EP group, of which this rank's experts take theirs.
+
+        Collective over the EP group (three all-gathers of tokens, a reduce-scatter), one host sync.
+        """
+        group = _resolve_process_group(self.ep_group_name)  # type: ignore[arg-type]
+        x = hidden_states.reshape(-1, hidden_states.size(-1))
+        tokens, ids, weights, _ = gather_tokens(x, top_k_index, top_k_weights.float(), group)
+        num_local = self.num_global_experts // group.size()
+        whole, own = plan_own_experts(ids, group.rank() * num_local, num_local)
+        rows, row_weights = ops.dispatch(tokens, weights, whole)
+        # Slots behind the last own segment hold anything: neither they nor their gradients count.
+        is_own = torch.arange(rows.shape[0], device=rows.device) < own.expert_offsets[-1]
+        y = ops.expert_mlp(
+            torch.where(is_own.unsqueeze(1), rows, 0.0),
+            torch.where(is_own, row_weights, 0.0),
+            own,
+            self._local_weight("gate_up_proj", x.dtype),
+            self._local_weight("down_proj", x.dtype),
+            weight_grad_scale=self.weight_grad_scale,
+            slots_per_pass=self.moe_config.max_slots,
+            recompute_gate_up=self.moe_config.recompute == "gate_up",
+        )
+        parts = ops.combine(torch.where(is_own.unsqueeze(1), y, 0.0), whole)
+        output = scatter_sums(parts, group)[: x.shape[0]]
+        count: Any = CountCopies.apply
+        copies = count_copies(top_k_index, self.num_global_experts)
+        output = count(output, copies, self.tokens_per_expert)
+        result: torch.Tensor = output.to(hidden_states.dtype).view(hidden_states.shape)
+        return result
 
     def _local_weight(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """This rank's experts ``[L, ...]``, in the tokens' dtype where nobody has cast them yet."""

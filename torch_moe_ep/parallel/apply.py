@@ -20,6 +20,7 @@ from torch_moe_ep.parallel.stock_clip import register_stock_clip_handlers
 from torch_moe_ep.parallel.swap import swap_experts
 from torch_moe_ep.routing.losses import follow_grad_scaler
 from torch_moe_ep.routing.router import swap_router
+from torch_moe_ep.routing.shuffle import shuffle_tokens
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -85,6 +86,8 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
         state.experts[name] = module
     if request.config.changes_router:
         _swap_routers(state, request)
+    if request.config.global_token_shuffle:
+        _shuffle_blocks(state, request.config.seed)
     track(state)
     for experts in state.experts.values():
         shard_experts(
@@ -108,3 +111,13 @@ def _swap_routers(state: ExpertParallelState, request: Request) -> None:
     for (name, router), experts in zip(routers.items(), state.experts.values(), strict=True):
         num_experts = experts.num_global_experts
         state.routers[name] = swap_router(router, request.config, num_experts, state.device)
+
+
+def _shuffle_blocks(state: ExpertParallelState, seed: int) -> None:
+    """Wrap each mixture-of-experts block, the module that holds router and experts."""
+    group = state.mesh["ep"].get_group()
+    if group.size() == 1:
+        return
+    for name in state.experts:
+        block = state.model.get_submodule(name.rpartition(".")[0])
+        block.forward = shuffle_tokens(block.forward, group, f"{seed}/{name}/shuffle")
