@@ -72,6 +72,7 @@ def start_ranks(arguments: argparse.Namespace) -> Ranks:
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # FSDP2's own mesh would take a GPU that it sees
         device = torch.device("cpu")
         dist.init_process_group("gloo")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -188,6 +188,16 @@ def num_host_waits(profiled: profile) -> int:
     return sum(name in waits for name in names) + max(0, names.count("cudaDeviceSynchronize") - 1)
 
 
+def message_of_cpu_mesh_beside_gpu_mesh() -> str:
+    """fully_shard without a mesh takes the GPU; the experts were put on the CPU."""
+    enter_rank()
+    mesh = init_device_mesh("cpu", 2)
+    model = wrap(apply_expert_parallel(tiny_mixtral(), mesh), "fsdp2", mesh)
+    with pytest.raises(ValueError) as caught:
+        model(**batch_of(dist.get_rank()))
+    return str(caught.value)
+
+
 def message_without_the_last_rank() -> str:
     """What a rank says whose partner stays away from the second batch."""
     rank = enter_rank()
@@ -289,6 +299,13 @@ def test_ranks_layer_waits_once_on_the_host_in_forward_and_never_in_backward(
     gpu_ranks: Callable[[int], RankPool],
 ) -> None:
     assert gpu_ranks(2).run(host_waits_of_a_layer, timeout_s=TIMEOUT_S) == [(1, 0), (1, 0)]
+
+
+def test_ranks_experts_on_another_device_than_fsdp_are_refused(
+    gpu_ranks: Callable[[int], RankPool],
+) -> None:
+    for said in gpu_ranks(2).run(message_of_cpu_mesh_beside_gpu_mesh, timeout_s=TIMEOUT_S):
+        assert "fully_shard put dense parameters on cuda, but the experts' mesh is on cpu" in said
 
 
 def test_ranks_partner_that_stays_away_is_named_before_nccl_gives_up() -> None:

@@ -134,7 +134,15 @@ def _check_dense_world(state: ExpertParallelState) -> None:
     sizes: dict[int, str] = {}
     for module in state.fsdp2_modules():
         for group in fsdp_param_groups(module):
-            sizes[group.mesh_info.mesh.size()] = "fully_shard"
+            dense_mesh = group.mesh_info.mesh
+            if dense_mesh.device_type != state.mesh.device_type:
+                raise ValueError(
+                    f"fully_shard put dense parameters on {dense_mesh.device_type}, but the "
+                    f"experts' mesh is on {state.mesh.device_type}; make it with "
+                    f'init_device_mesh("{dense_mesh.device_type}", ...), or give fully_shard a '
+                    f"mesh on {state.mesh.device_type} (its default prefers a GPU)."
+                )
+            sizes[dense_mesh.size()] = "fully_shard"
     for fsdp1 in state.fsdp1_modules():
         replicas = getattr(fsdp1, "_inter_node_pg", None)
         if fsdp1.sharding_strategy == ShardingStrategy.NO_SHARD:

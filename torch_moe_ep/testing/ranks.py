@@ -228,6 +228,8 @@ def _work(
 ) -> None:
     """One worker: run cases until told to stop. Output goes to the rank's log file."""
     torch.set_num_threads(threads)
+    if backend != "nccl":  # torch's defaults, FSDP2's mesh among them, prefer a GPU that they see
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
