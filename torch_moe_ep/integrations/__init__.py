@@ -1,1 +1,1 @@
-"""One file per host that the library plugs into."""
+"""One file or folder per host that the library plugs into."""

@@ -1,0 +1,1 @@
+"""``checkpoint``: limiting how many are kept."""

@@ -1,0 +1,1 @@
+"""``distributed``: checkpoints of sharded state dicts."""

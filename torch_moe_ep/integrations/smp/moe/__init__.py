@@ -1,0 +1,1 @@
+"""``moe``: configuration and the class of expert-parallel layers."""

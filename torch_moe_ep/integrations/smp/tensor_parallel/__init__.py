@@ -1,0 +1,1 @@
+"""``tensor_parallel``: only the decoder layer's name; tensor parallelism is not implemented."""

@@ -1,0 +1,1 @@
+"""``utils``: timing and groups."""
