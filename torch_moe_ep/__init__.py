@@ -6,7 +6,8 @@ One call changes a model; the rest of a stock FSDP2, FSDP1 or DDP script stays:
     torch_moe_ep.apply_expert_parallel(model, mesh)
 
 ``ops`` holds the differentiable operators, ``reference`` their readable twins in plain torch,
-``metrics`` the experts' load.
+``metrics`` the experts' load, ``memory`` what activation checkpointing keeps and activations on the
+host.
 
 Names are imported at their first use, so that ``python -m torch_moe_ep.info`` can say what is
 wrong with a build that cannot be loaded.
@@ -16,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch_moe_ep import metrics, ops, reference
+    from torch_moe_ep import memory, metrics, ops, reference
     from torch_moe_ep.checkpoint import (
         export_hf,
         latest_checkpoint,
@@ -51,6 +52,7 @@ __all__ = [
     "load_checkpoint",
     "load_data_state",
     "load_hf",
+    "memory",
     "metrics",
     "ops",
     "param_groups",
@@ -60,7 +62,7 @@ __all__ = [
     "wait_for_checkpoint",
 ]
 
-_MODULES = ("metrics", "ops", "reference")
+_MODULES = ("memory", "metrics", "ops", "reference")
 _CHECKPOINT = (
     "export_hf",
     "latest_checkpoint",

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch_moe_ep.config import MoEConfig
 from torch_moe_ep.integrations.transformers import find_routers
 from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.memory.fingerprint import watch_routing
 from torch_moe_ep.parallel.checks import Request, check_request
 from torch_moe_ep.parallel.forward import wrap_forward
 from torch_moe_ep.parallel.fsdp1 import ignore_in_ddp, mark_experts
@@ -89,7 +90,7 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
     if request.config.global_token_shuffle:
         _shuffle_blocks(state, request.config.seed)
     track(state)
-    for experts in state.experts.values():
+    for name, experts in state.experts.items():
         shard_experts(
             experts,
             request.mesh,
@@ -99,6 +100,7 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
         )
         mark_experts(experts)
         register_state_dict_hooks(experts)
+        watch_routing(name, experts)
     ignore_in_ddp(state)
     wrap_forward(state)
     register_step_hooks()

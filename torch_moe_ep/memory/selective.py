@@ -1,0 +1,114 @@
+"""A selective policy for torch.utils.checkpoint: the routing is kept, the rest is computed again.
+
+A checkpointed block runs twice. If its second run routed one token differently, the gradients of
+that token would belong to another expert than its loss. With these contexts the second run gets
+the first one's routing back; with "rows" also what travelled, so that it sends nothing.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from torch_moe_ep import ops  # noqa: F401  registers the operators
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+KEPT = {
+    "routing": ("route", "sinkhorn", "plan"),
+    "rows": ("route", "sinkhorn", "plan", "dispatch", "combine"),
+}
+
+
+def checkpoint_contexts(keep: str = "routing") -> Callable[[], Contexts]:
+    """Make the ``context_fn`` of non-reentrant activation checkpointing.
+
+    For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=...)``, for
+    torch's ``checkpoint_wrapper(..., context_fn=...)`` and for Hugging Face's
+    ``gradient_checkpointing_enable({"use_reentrant": False, "context_fn": ...})``. Gradients are
+    bit-equal to those without checkpointing.
+
+    Args:
+        keep: what a block keeps besides its input. "routing": every top-k, the outputs of `route`
+            and of `plan` (a few int64 per copy); recomputation runs `dispatch` and `combine`
+            again. "rows": the rows that `dispatch` received ``[R, H]`` and the result of
+            `combine` ``[T, H]`` too; recomputation exchanges nothing.
+
+    Returns:
+        A function that gives the two contexts of one block: forward and recomputation.
+
+    Raises:
+        ValueError: another word for `keep`.
+
+    Under reentrant checkpointing torch takes no contexts; there a recomputation that routes
+    differently raises.
+    """
+    if keep not in KEPT:
+        raise ValueError(f'keep must be "routing" or "rows", got {keep!r}.')
+    kept = [
+        getattr(torch.ops.torch_moe_ep, name).default
+        for name in KEPT[keep]
+        if hasattr(torch.ops.torch_moe_ep, name)
+    ]
+
+    def contexts() -> Contexts:
+        forward, recompute = create_selective_checkpoint_contexts(kept)
+        found: list[tuple[torch.Tensor, ...]] = []
+        return _Both(forward, _NoteTopK(found)), _Both(recompute, _GiveTopK(found))
+
+    return contexts
+
+
+class _Both(AbstractContextManager[None]):
+    """Two contexts as one; the second is the inner one."""
+
+    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
+        self.contexts = contexts
+        self.stack = ExitStack()
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for context in self.contexts:
+                stack.enter_context(context)
+            self.stack = stack.pop_all()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self.stack.__exit__(kind, error, trace)
+
+
+class _NoteTopK(TorchDispatchMode):
+    """Keeps copies of what top-k found.
+
+    torch's own contexts keep the tensors themselves, and routers divide the weights in place.
+    """
+
+    def __init__(self, found: list[tuple[torch.Tensor, ...]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.topk.default:
+            self.found.append(tuple(part.clone() for part in out))
+        return out
+
+
+class _GiveTopK(TorchDispatchMode):
+    """Gives the copies back, in the order in which they were kept."""
+
+    def __init__(self, found: list[tuple[torch.Tensor, ...]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.topk.default and self.found:
+            return self.found.pop(0)
+        return func(*args, **(kwargs or {}))
