@@ -7,12 +7,14 @@ NN: rows [R, K] x weights [E, K, N] -> [R, N]     (gradient of the input)
 TN: rows_a [R, M], rows_b [R, N] -> [E, M, N]     (gradient of the weight, ragged over R)
 
 Every result is compared with an fp32 oracle before timing; a wrong one (error above twice that of
-torch's grouped_mm) is printed as wrong and not timed. Without `grouped_gemm` among the operators
-of the build only torch's own are timed. Rows per expert are rounded to 128.
+torch's grouped_mm) is printed as wrong and not timed. On a GPU ours are timed twice: with the
+kernels that the device gets, and with TORCH_MOE_EP_KERNELS=sm80, the generic ones; on a CPU only
+torch's own are timed. Rows per expert are rounded to 128.
 """
 
 import argparse
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +27,10 @@ from torch_moe_ep import _library  # noqa: F401  (loads the operators)
 from torch_moe_ep.testing import relative_error
 
 OURS = "torch_moe_ep"
+GENERIC = "torch_moe_ep sm80"
 GROUPED = "torch grouped_mm"
 LOOP = "loop of torch mm"
+KERNELS = "TORCH_MOE_EP_KERNELS"
 ALIGNMENT = 128
 
 Gemm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -118,10 +122,21 @@ def implementations(case: Case) -> dict[str, Gemm]:
         GROUPED: lambda a, b: torch_grouped(case, a, b),
         LOOP: lambda a, b: loop(case, a, b),
     }
-    ours = getattr(torch.ops.torch_moe_ep, "grouped_gemm", None)
-    if ours is not None:
-        found = {OURS: lambda a, b: ours(a, b, case.offsets, case.layout), **found}
+    if case.a.is_cuda:
+        wishes = {OURS: os.environ.get(KERNELS, "auto"), GENERIC: "sm80"}
+        found = {**{name: _ours(case, wish) for name, wish in wishes.items()}, **found}
     return found
+
+
+def _ours(case: Case, wish: str) -> Gemm:
+    """Our grouped GEMM with TORCH_MOE_EP_KERNELS=wish, which is read at every call."""
+
+    def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        os.environ[KERNELS] = wish
+        result: torch.Tensor = torch.ops.torch_moe_ep.grouped_gemm(a, b, case.offsets, case.layout)
+        return result
+
+    return run
 
 
 def run_case(case: Case, arguments: argparse.Namespace, device: torch.device) -> list[Any]:

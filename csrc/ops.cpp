@@ -31,10 +31,12 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "str group_name) -> (Tensor rows, Tensor row_weights)");
 
   // y = (row_weight * silu(rows gate^T) * (rows up^T)) down^T, expert by expert; differentiable.
+  // With x and the plan's parts (P = 1) backward dispatches x again instead of keeping rows.
   m.def(
       "expert_mlp(Tensor rows, Tensor row_weights, Tensor expert_offsets, Tensor host_offsets, "
       "Tensor gate_up, Tensor down, float weight_grad_scale, int slots_per_pass, "
-      "bool recompute_gate_up) -> Tensor");
+      "bool recompute_gate_up, Tensor? x=None, Tensor? slot_of_copy=None, Tensor? counts=None, "
+      "int top_k=1, int row_alignment=1) -> Tensor");
   // The same with z = rows gate_up^T [R, 2I] for backward; [0, 2I] when computed in several passes.
   m.def(
       "expert_mlp_forward(Tensor rows, Tensor row_weights, Tensor expert_offsets, "
@@ -46,6 +48,16 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "Tensor expert_offsets, Tensor host_offsets, Tensor gate_up, Tensor down, "
       "float weight_grad_scale, int slots_per_pass) -> (Tensor grad_rows, "
       "Tensor grad_row_weights, Tensor grad_gate_up, Tensor grad_down)");
+
+  // One GEMM of them alone, bf16 on CUDA: a [R, K] with b [L, N, K] (layout NT) or [L, K, N] (NN)
+  // -> [R, N]; a [R, M] with b [R, N] (TN) -> [L, M, N]. Contract: expert_mlp/grouped_gemm.h. For
+  // tests and benchmarks; not differentiable.
+  m.def("grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, str layout) -> Tensor");
+  // The tile that the sm_90a kernels take for a shape: block M and N, ping-pong or not, cluster M
+  // and N. Builds with CUDA; needs no GPU.
+  m.def(
+      "grouped_gemm_tile(str layout, int num_experts, int rows, int columns, int a_columns, "
+      "bool has_swiglu) -> int[]");
 
   // Results back to their tokens, summed over K; its backward adds this rank's copies per expert to
   // tokens_per_expert.

@@ -81,6 +81,32 @@ def test_expert_mlp_passes_and_recompute_change_no_result(case, options):
         assert relative_error(got, wanted) <= 2e-6
 
 
+@pytest.mark.parametrize("recompute_gate_up", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_expert_mlp_that_keeps_x_instead_of_rows_changes_no_bit(case, recompute_gate_up):
+    x = torch.randn(case.tokens, case.hidden, generator=torch.Generator().manual_seed(13))
+    options = {"recompute_gate_up": recompute_gate_up}
+    plain = run(ops.expert_mlp, case, inputs_of(case, torch.float32), **options)
+    other = run(ops.expert_mlp, case, inputs_of(case, torch.float32), x=x, **options)
+    for got, wanted in zip(other, plain, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_expert_mlp_x_of_another_dtype_is_refused():
+    case = CASES[0]
+    x = torch.randn(case.tokens, case.hidden, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="x must have rows' dtype Float, got BFloat16"):
+        run(ops.expert_mlp, case, inputs_of(case, torch.float32), x=x)
+
+
+def test_expert_mlp_x_with_a_plan_of_several_ranks_is_refused():
+    case = CASES[0]
+    inputs = inputs_of(case, torch.float32)
+    x, plan = torch.randn(case.tokens, case.hidden), case.plan()._replace(group_name="ep")
+    with pytest.raises(ValueError, match="x goes with a plan of one rank, got one of group 'ep'"):
+        ops.expert_mlp(inputs[0], inputs[1], plan, *inputs[2:], x=x)
+
+
 def test_expert_mlp_weight_grad_scale_touches_weight_gradients_only():
     case = CASES[0]
     plain = run(ops.expert_mlp, case, inputs_of(case, torch.float32))

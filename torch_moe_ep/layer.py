@@ -104,6 +104,7 @@ class ExpertParallelExperts(nn.Module):
             weight_grad_scale=self.weight_grad_scale,
             slots_per_pass=config.max_slots,
             recompute_gate_up=config.recompute == "gate_up",
+            x=None if self.ep_group_name else x,
         )
         output = ops.combine(y, plan, tokens_per_expert=self.tokens_per_expert)
         return output.to(hidden_states.dtype).view(hidden_states.shape)

@@ -14,7 +14,8 @@
 //   z [0, 2I] is computed again. Both weight gradients are multiplied by weight_grad_scale, here
 //   and nowhere else; that of an expert without slots is exactly zero.
 // expert_mlp is forward as a differentiable operator: it keeps its inputs and z for backward, and
-// with recompute_gate_up its inputs alone.
+// with recompute_gate_up its inputs alone. Given x and the parts of the plan (P = 1) it keeps x in
+// place of rows, and backward dispatches x again: the same rows to the bit.
 //
 // rows [R, H]                    float32, bfloat16 or float16
 // row_weights [R]                float32

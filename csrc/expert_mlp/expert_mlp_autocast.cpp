@@ -3,6 +3,8 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include <optional>
+
 namespace torch_moe_ep {
 namespace {
 
@@ -14,7 +16,12 @@ at::Tensor call_expert_mlp(const at::Tensor& rows,
                            const at::Tensor& down,
                            double weight_grad_scale,
                            int64_t slots_per_pass,
-                           bool recompute_gate_up) {
+                           bool recompute_gate_up,
+                           const std::optional<at::Tensor>& x,
+                           const std::optional<at::Tensor>& slot_of_copy,
+                           const std::optional<at::Tensor>& counts,
+                           int64_t top_k,
+                           int64_t row_alignment) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torch_moe_ep::expert_mlp", "")
                              .typed<decltype(call_expert_mlp)>();
@@ -26,7 +33,12 @@ at::Tensor call_expert_mlp(const at::Tensor& rows,
                  down,
                  weight_grad_scale,
                  slots_per_pass,
-                 recompute_gate_up);
+                 recompute_gate_up,
+                 x,
+                 slot_of_copy,
+                 counts,
+                 top_k,
+                 row_alignment);
 }
 
 // Cast as a matmul would be: the GEMMs' operands to autocast's dtype (weights once per autocast
@@ -40,10 +52,17 @@ at::Tensor expert_mlp_autocast(const at::Tensor& rows,
                                const at::Tensor& down,
                                double weight_grad_scale,
                                int64_t slots_per_pass,
-                               bool recompute_gate_up) {
+                               bool recompute_gate_up,
+                               const std::optional<at::Tensor>& x,
+                               const std::optional<at::Tensor>& slot_of_copy,
+                               const std::optional<at::Tensor>& counts,
+                               int64_t top_k,
+                               int64_t row_alignment) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
+  std::optional<at::Tensor> cast_x = x;
+  if (x.has_value()) cast_x = at::autocast::cached_cast(dtype, *x, kDevice);
   return call_expert_mlp(at::autocast::cached_cast(dtype, rows, kDevice),
                          row_weights,
                          expert_offsets,
@@ -52,7 +71,12 @@ at::Tensor expert_mlp_autocast(const at::Tensor& rows,
                          at::autocast::cached_cast(dtype, down, kDevice),
                          weight_grad_scale,
                          slots_per_pass,
-                         recompute_gate_up);
+                         recompute_gate_up,
+                         x,
+                         slot_of_copy,
+                         counts,
+                         top_k,
+                         row_alignment);
 }
 
 }  // namespace

@@ -5,7 +5,10 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <tuple>
+
+#include "common/movement.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -53,6 +56,51 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> call_backward(
                  slots_per_pass);
 }
 
+// Where rows came from at P = 1, so that backward can dispatch them again: K copies of X are as
+// large as K X. x is undefined where rows are kept.
+struct RowsSource {
+  at::Tensor x;
+  at::Tensor slot_of_copy;
+  at::Tensor counts;
+  int64_t top_k;
+  int64_t row_alignment;
+};
+
+RowsSource rows_source(const at::Tensor& rows,
+                       const std::optional<at::Tensor>& x,
+                       const std::optional<at::Tensor>& slot_of_copy,
+                       const std::optional<at::Tensor>& counts,
+                       int64_t top_k,
+                       int64_t row_alignment) {
+  if (!x.has_value()) return {at::Tensor(), at::Tensor(), at::Tensor(), top_k, row_alignment};
+  TORCH_CHECK_VALUE(slot_of_copy.has_value() && counts.has_value(),
+                    "x comes with the plan's slot_of_copy and counts, got x alone");
+  TORCH_CHECK_VALUE(x->scalar_type() == rows.scalar_type(),
+                    "x must have rows' dtype ",
+                    rows.scalar_type(),
+                    ", got ",
+                    x->scalar_type(),
+                    " (pass what dispatch was called with, or no x)");
+  return {*x, *slot_of_copy, *counts, top_k, row_alignment};
+}
+
+at::Tensor dispatch_again(const RowsSource& source, const at::Tensor& expert_offsets) {
+  // backward() inside an autocast region must not cast what forward did not.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const at::Tensor no_received = source.slot_of_copy.slice(0, 0, 0);
+  const at::Tensor no_host_counts =
+      at::empty_symint({0, source.counts.sym_size(1)}, at::TensorOptions().dtype(at::kLong));
+  const Plan plan = {source.slot_of_copy,
+                     no_received,
+                     expert_offsets,
+                     source.counts,
+                     no_host_counts,
+                     source.top_k,
+                     source.row_alignment,
+                     ""};
+  return std::get<0>(call_dispatch(source.x, std::nullopt, plan));
+}
+
 class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
  public:
   static at::Tensor forward(AutogradContext* ctx,
@@ -64,13 +112,25 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
                             const at::Tensor& down,
                             double weight_grad_scale,
                             int64_t slots_per_pass,
-                            bool recompute_gate_up) {
+                            bool recompute_gate_up,
+                            const RowsSource& source) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, z] = call_forward(
         rows, row_weights, expert_offsets, host_offsets, gate_up, down, slots_per_pass);
     // A narrowed z would keep all of it alive.
     if (recompute_gate_up) z = at::empty_symint({0, gate_up.sym_size(1)}, rows.options());
-    ctx->save_for_backward({rows, row_weights, z, expert_offsets, host_offsets, gate_up, down});
+    ctx->save_for_backward({source.x.defined() ? at::Tensor() : rows,
+                            row_weights,
+                            z,
+                            expert_offsets,
+                            host_offsets,
+                            gate_up,
+                            down,
+                            source.x,
+                            source.slot_of_copy,
+                            source.counts});
+    ctx->saved_data["top_k"] = source.top_k;
+    ctx->saved_data["row_alignment"] = source.row_alignment;
     ctx->saved_data["weight_grad_scale"] = weight_grad_scale;
     ctx->saved_data["slots_per_pass"] = slots_per_pass;
     return y;
@@ -78,9 +138,15 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
+    const RowsSource source = {saved[7],
+                               saved[8],
+                               saved[9],
+                               ctx->saved_data["top_k"].toInt(),
+                               ctx->saved_data["row_alignment"].toInt()};
+    const at::Tensor rows = source.x.defined() ? dispatch_again(source, saved[3]) : saved[0];
     auto [grad_rows, grad_row_weights, grad_gate_up, grad_down] =
         call_backward(grad_outputs[0],
-                      saved[0],
+                      rows,
                       saved[1],
                       saved[2],
                       saved[3],
@@ -98,7 +164,8 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
             grad_down,
             none,   // weight_grad_scale
             none,   // slots_per_pass
-            none};  // recompute_gate_up
+            none,   // recompute_gate_up
+            none};  // source
   }
 };
 
@@ -110,7 +177,12 @@ at::Tensor expert_mlp_autograd(const at::Tensor& rows,
                                const at::Tensor& down,
                                double weight_grad_scale,
                                int64_t slots_per_pass,
-                               bool recompute_gate_up) {
+                               bool recompute_gate_up,
+                               const std::optional<at::Tensor>& x,
+                               const std::optional<at::Tensor>& slot_of_copy,
+                               const std::optional<at::Tensor>& counts,
+                               int64_t top_k,
+                               int64_t row_alignment) {
   return ExpertMlp::apply(rows,
                           row_weights,
                           expert_offsets,
@@ -119,11 +191,12 @@ at::Tensor expert_mlp_autograd(const at::Tensor& rows,
                           down,
                           weight_grad_scale,
                           slots_per_pass,
-                          recompute_gate_up);
+                          recompute_gate_up,
+                          rows_source(rows, x, slot_of_copy, counts, top_k, row_alignment));
 }
 
-// Where the Autograd key is off (inference mode) nothing is kept, and the last two arguments, which
-// are about backward, say nothing.
+// Where the Autograd key is off (inference mode) nothing is kept, and the arguments without a name,
+// which are about backward, say nothing.
 at::Tensor expert_mlp_inference(const at::Tensor& rows,
                                 const at::Tensor& row_weights,
                                 const at::Tensor& expert_offsets,
@@ -132,7 +205,12 @@ at::Tensor expert_mlp_inference(const at::Tensor& rows,
                                 const at::Tensor& down,
                                 double /*weight_grad_scale*/,
                                 int64_t slots_per_pass,
-                                bool /*recompute_gate_up*/) {
+                                bool /*recompute_gate_up*/,
+                                const std::optional<at::Tensor>& /*x*/,
+                                const std::optional<at::Tensor>& /*slot_of_copy*/,
+                                const std::optional<at::Tensor>& /*counts*/,
+                                int64_t /*top_k*/,
+                                int64_t /*row_alignment*/) {
   return std::get<0>(
       call_forward(rows, row_weights, expert_offsets, host_offsets, gate_up, down, slots_per_pass));
 }

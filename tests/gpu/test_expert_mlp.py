@@ -191,6 +191,16 @@ def test_expert_mlp_recompute_gate_up_is_bit_equal(dtype: torch.dtype) -> None:
         assert torch.equal(ours, value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_expert_mlp_that_keeps_x_instead_of_rows_is_bit_equal(dtype: torch.dtype) -> None:
+    case = MlpCase(Case(300, 8, 2, 256, "skewed", dtype), 384)
+    inputs = inputs_of(case)
+    x = normal(case.routed.num_tokens, case.routed.hidden, dtype=dtype, seed=1).cuda()
+    expected = results_of(inputs)
+    for ours, value in zip(results_of(inputs, x=x), expected, strict=True):
+        assert torch.equal(ours, value)
+
+
 @pytest.mark.parametrize("slots_per_pass", [128, 300, 10_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_expert_mlp_several_passes_equal_oracle(dtype: torch.dtype, slots_per_pass: int) -> None:

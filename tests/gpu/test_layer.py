@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from torch_moe_ep import apply_expert_parallel, clip_grad_norm_, init_device_mesh
+from torch_moe_ep import MoEConfig, apply_expert_parallel, clip_grad_norm_, init_device_mesh
 from torch_moe_ep.parallel.state import iter_experts
 from torch_moe_ep.testing import assert_close, batch_of, tiny_mixtral
 
@@ -143,3 +143,42 @@ def test_layer_float16_with_grad_scaler_trains() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
+
+
+def saved_bytes_of(experts: torch.nn.Module, x: torch.Tensor, ids: torch.Tensor) -> int:
+    """What forward keeps for backward beside x, its router weights and the experts' weights."""
+    weights = torch.full(ids.shape, 0.5, device="cuda", requires_grad=True)
+    own = {t.untyped_storage().data_ptr() for t in (x, weights)}
+    own |= {full_tensor(p).untyped_storage().data_ptr() for p in experts.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = experts(x, ids, weights)
+    y.sum().backward()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "gate_up"])
+def test_layer_at_one_rank_saves_x_and_z_alone(recompute: str) -> None:
+    """The rows that x was copied into are not kept: backward packs them again.
+
+    R slots of 2I gate and up values; a row weight and the plan's numbers are under 64 bytes a slot.
+    At T = 16384, Mixtral's sizes and loads that need no padding that is 1.75 GiB and 2 MiB.
+    """
+    num_tokens, top_k, num_experts, hidden, width = 512, 2, 8, 512, 512
+    model = tiny_mixtral(hidden_size=hidden, intermediate_size=width).to("cuda", torch.bfloat16)
+    config = MoEConfig(recompute=recompute)
+    apply_expert_parallel(model, init_device_mesh("cuda", 1), config)
+    x = torch.randn(num_tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.arange(num_tokens * top_k, device="cuda").view(-1, top_k) % num_experts
+    slots = num_tokens * top_k + num_experts * 127
+    z_bytes = 0 if recompute == "gate_up" else slots * 2 * width * 2
+    saved = saved_bytes_of(next(iter_experts(model)), x, ids)
+    assert z_bytes * 0.9 <= saved <= z_bytes + 64 * slots
+    assert saved < z_bytes + slots * hidden * 2

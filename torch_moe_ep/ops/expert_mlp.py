@@ -15,6 +15,7 @@ def expert_mlp(
     weight_grad_scale: float = 1.0,
     slots_per_pass: int = 0,
     recompute_gate_up: bool = False,
+    x: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run each expert over its segment of rows.
 
@@ -32,21 +33,29 @@ def expert_mlp(
             the one place where expert gradients are divided by P.
         slots_per_pass: compute this many rows at once (CUDA: rounded up to 128); 0: all.
         recompute_gate_up: keep no z for backward, compute it again there.
+        x: the tokens ``[T, H]`` that `dispatch` made `rows` of, in the rows' dtype; P = 1 alone.
+            With it x is kept for backward, which dispatches it again, and `rows` are not.
 
     Returns:
         ``[R, H]`` of the rows' dtype. Rows behind the last segment are not written, and whatever
         they hold in `rows` reaches no result.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit.
+        ValueError: a shape, dtype or device that does not fit, or x with a plan of several ranks.
 
     Not collective. Host syncs: none on the CPU and with the hand-written and grouped kernels
     (bfloat16); the loop over experts that float32, float16 and odd sizes take on CUDA waits once
     per call for the offsets when P = 1. Deterministic. Differentiable once in `rows`,
-    `row_weights`, `gate_up` and `down`; an expert without rows has zero gradients. Saves `rows`,
-    `row_weights`, the weights, and z ``[R, 2I]`` unless it is recomputed or computed in passes.
+    `row_weights`, `gate_up` and `down`; an expert without rows has zero gradients. Saves `rows`
+    (or `x`), `row_weights`, the weights, and z ``[R, 2I]`` unless it is recomputed or computed in
+    passes.
     Under autocast rows and weights are cast as for a matmul.
     """
+    if x is not None and plan.group_name:
+        raise ValueError(
+            f"x goes with a plan of one rank, got one of group {plan.group_name!r}, whose rows "
+            f"came from other ranks too (pass no x)."
+        )
     y: torch.Tensor = torch.ops.torch_moe_ep.expert_mlp(
         rows,
         row_weights,
@@ -57,6 +66,11 @@ def expert_mlp(
         weight_grad_scale,
         slots_per_pass,
         recompute_gate_up,
+        x,
+        None if x is None else plan.slot_of_copy,
+        None if x is None else plan.counts,
+        plan.top_k,
+        plan.row_alignment,
     )
     return y
 

@@ -28,8 +28,8 @@ cudaError_t launch_nt(const TileConfig& tile,
                       int64_t max_super_tiles,
                       cudaStream_t stream) {
   return launch_one_of<Kernel<256, 192, false, 1, 2, 3, 3>,
-                       Kernel<128, 256, false, 2, 1, 4, 1>,
-                       Kernel<128, 256, false, 1, 1, 4, 1>,
+                       Kernel<128, 256, false, 2, 1, 3, 4>,
+                       Kernel<128, 256, false, 1, 1, 3, 4>,
                        Kernel<128, 192, true, 2, 1, 5, 1>>(tile, args, max_super_tiles, stream);
 }
 

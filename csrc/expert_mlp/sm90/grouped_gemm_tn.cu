@@ -27,7 +27,7 @@ cudaError_t launch_tn(const TileConfig& tile,
                       const KernelArguments& args,
                       int64_t max_super_tiles,
                       cudaStream_t stream) {
-  return launch_one_of<Kernel<128, 192, true, 2, 1, 5, 1>>(tile, args, max_super_tiles, stream);
+  return launch_one_of<Kernel<128, 192, true, 2, 1, 4, 3>>(tile, args, max_super_tiles, stream);
 }
 
 }  // namespace torch_moe_ep::sm90

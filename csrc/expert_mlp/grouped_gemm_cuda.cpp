@@ -1,0 +1,100 @@
+// One grouped GEMM as an operator, so that tests and benchmarks reach a single layout; the layer
+// goes through ExpertGemms.
+#include <ATen/Functions.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+#include <string>
+#include <vector>
+
+#include "common/checks.h"
+#include "expert_mlp/expert_gemms.h"
+#include "expert_mlp/sm90/choose_tile.h"
+
+namespace torch_moe_ep {
+namespace {
+
+void check_layout(const std::string& layout) {
+  TORCH_CHECK_VALUE(layout == "NT" || layout == "NN" || layout == "TN",
+                    "layout must be NT, NN or TN, got ",
+                    layout);
+}
+
+// a is [R, K] (TN: [R, M]) in every layout; what b must be, as grouped_gemm.h has it.
+void check_operands(const at::Tensor& a,
+                    const at::Tensor& b,
+                    const at::Tensor& expert_offsets,
+                    const std::string& layout) {
+  check_layout(layout);
+  check_dim(a, "a", 2, "[rows, columns]");
+  check_element_type(a, "a");
+  check_int64(expert_offsets, "expert_offsets");
+  check_same_device(expert_offsets, "expert_offsets", a, "a");
+  check_same_device(b, "b", a, "a");
+  TORCH_CHECK_VALUE(expert_offsets.dim() == 1 && expert_offsets.size(0) >= 2,
+                    "expert_offsets must be [experts + 1], got shape ",
+                    expert_offsets.sizes());
+  const bool is_tn = layout == "TN";
+  check_dim(b, "b", is_tn ? 2 : 3, is_tn ? "[rows, columns]" : "[experts, ., .]");
+  TORCH_CHECK_VALUE(b.scalar_type() == a.scalar_type(),
+                    "b must have a's dtype ",
+                    a.scalar_type(),
+                    ", got ",
+                    b.scalar_type());
+  const bool fits = is_tn ? b.size(0) == a.size(0)
+                          : b.size(0) == expert_offsets.size(0) - 1 &&
+                                b.size(layout == "NT" ? 2 : 1) == a.size(1);
+  TORCH_CHECK_VALUE(fits,
+                    "b of shape ",
+                    b.sizes(),
+                    " does not fit a of shape ",
+                    a.sizes(),
+                    " in layout ",
+                    layout,
+                    " (NT: b [experts, N, K]; NN: b [experts, K, N]; TN: b [rows, N])");
+}
+
+at::Tensor grouped_gemm_cuda(const at::Tensor& a,
+                             const at::Tensor& b,
+                             const at::Tensor& expert_offsets,
+                             const std::string& layout) {
+  check_operands(a, b, expert_offsets, layout);
+  const c10::cuda::CUDAGuard guard(a.device());
+  const at::Tensor left = a.contiguous(), right = b.contiguous();
+  ExpertGemms gemms(expert_offsets, at::empty({0}, at::kLong));
+  if (layout == "NT") return gemms.nt(left, right);
+  return layout == "NN" ? gemms.nn(left, right) : gemms.tn(left, right, 1.0);
+}
+
+GemmLayout layout_of(const std::string& layout) {
+  if (layout == "NT") return GemmLayout::kNT;
+  return layout == "NN" ? GemmLayout::kNN : GemmLayout::kTN;
+}
+
+// Looks at no device.
+std::vector<int64_t> grouped_gemm_tile(const std::string& layout,
+                                       int64_t num_experts,
+                                       int64_t rows,
+                                       int64_t columns,
+                                       int64_t a_columns,
+                                       bool has_swiglu) {
+  check_layout(layout);
+  const sm90::TileConfig tile =
+      sm90::choose_tile({layout_of(layout), num_experts, rows, columns, a_columns, has_swiglu});
+  return {tile.block_m,
+          tile.block_n,
+          static_cast<int64_t>(tile.is_ping_pong),
+          tile.cluster_m,
+          tile.cluster_n};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) { m.impl("grouped_gemm", &grouped_gemm_cuda); }
+
+TORCH_LIBRARY_IMPL(torch_moe_ep, CompositeExplicitAutograd, m) {
+  m.impl("grouped_gemm_tile", &grouped_gemm_tile);
+}
+
+}  // namespace torch_moe_ep

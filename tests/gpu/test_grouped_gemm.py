@@ -1,0 +1,138 @@
+"""Each layout of the grouped GEMM alone, with shapes that reach every tile, against fp32."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from .cases import normal, poisoned_memory, relative_error, requires_gpu
+
+pytestmark = requires_gpu
+
+LAYOUTS = ["NT", "NN", "TN"]
+KERNELS = ["auto", "sm80", "torch"]
+UNOWNED_ROWS = 256  # past the last segment: NaN
+
+
+@dataclass(frozen=True)
+class GemmCase:
+    """Rows of each expert, N and K (TN: M)."""
+
+    lengths: tuple[int, ...]
+    columns: int
+    a_columns: int
+
+    def __str__(self) -> str:
+        return f"{'-'.join(map(str, self.lengths))}-N{self.columns}-K{self.a_columns}"
+
+
+CASES = [
+    GemmCase((128,), 8, 8),
+    GemmCase((0, 128, 0, 256), 72, 40),
+    GemmCase((0, 0), 64, 64),
+    GemmCase((128,) * 4, 512, 1024),  # single CTAs
+    GemmCase((256, 384, 0, 512), 512, 4096),  # pairs, 256 wide
+    GemmCase((256, 384, 0, 512), 1000, 520),  # pairs, ping-pong
+    GemmCase((4096, 128), 968, 520),  # 256 x 192
+    GemmCase((256,) * 8, 1536, 2048),
+    GemmCase((128,) * 300, 64, 64),
+]
+
+
+@dataclass
+class Operands:
+    """The tensors of one case and its segments."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    offsets: torch.Tensor
+    bounds: list[int]
+
+
+def operands_of(case: GemmCase, layout: str) -> Operands:
+    """Rows past the last segment hold NaN."""
+    experts, n, k = len(case.lengths), case.columns, case.a_columns
+    bounds = list(itertools.accumulate(case.lengths, initial=0))
+    num_rows = bounds[-1] + UNOWNED_ROWS
+    a = normal(num_rows, k, dtype=torch.bfloat16, seed=1)
+    shape = {"NT": (experts, n, k), "NN": (experts, k, n), "TN": (num_rows, n)}[layout]
+    b = normal(*shape, dtype=torch.bfloat16, seed=2, scale=k**-0.5)
+    a[bounds[-1] :] = float("nan")
+    if layout == "TN":
+        b[bounds[-1] :] = float("nan")
+    return Operands(a.cuda(), b.cuda(), torch.tensor(bounds, device="cuda"), bounds)
+
+
+def product_of(inputs: Operands, layout: str) -> torch.Tensor:
+    """Ours; rows that nobody owns cut off."""
+    with poisoned_memory():
+        result = torch.ops.torch_moe_ep.grouped_gemm(inputs.a, inputs.b, inputs.offsets, layout)
+    return result if layout == "TN" else result[: inputs.bounds[-1]]
+
+
+def torch_product_of(inputs: Operands, layout: str, dtype: torch.dtype) -> torch.Tensor:
+    """The same, one torch matmul an expert."""
+    a, b = inputs.a.to(dtype), inputs.b.to(dtype)
+    parts = []
+    for expert, (first, last) in enumerate(itertools.pairwise(inputs.bounds)):
+        rows = a[first:last]
+        if layout == "TN":
+            parts.append((rows.T @ b[first:last])[None])
+        else:
+            parts.append(rows @ (b[expert].T if layout == "NT" else b[expert]))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_grouped_gemm_equals_oracle(
+    case: GemmCase, layout: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in rows that nobody owns and in memory that nobody wrote reaches no result."""
+    monkeypatch.setenv("TORCH_MOE_EP_KERNELS", kernels)
+    inputs = operands_of(case, layout)
+    ours = product_of(inputs, layout)
+    oracle = torch_product_of(inputs, layout, torch.float32)
+    peer = torch_product_of(inputs, layout, torch.bfloat16)
+    allowed = max(2 * relative_error(peer, oracle), 2e-3)
+    assert ours.shape == oracle.shape
+    assert relative_error(ours, oracle) <= allowed
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_grouped_gemm_twice_is_bit_equal(
+    layout: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_MOE_EP_KERNELS", kernels)
+    inputs = operands_of(CASES[-2], layout)
+    assert torch.equal(product_of(inputs, layout), product_of(inputs, layout))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": "TT"}, "layout must be NT, NN or TN, got TT"),
+        ({"b": torch.zeros(2, 8, 16)}, "does not fit a of shape"),
+        ({"b": torch.zeros(8, 8)}, "b must be"),
+    ],
+    ids=["layout", "shape", "dims"],
+)
+def test_grouped_gemm_wrong_input_says_so(change: dict[str, object], message: str) -> None:
+    arguments = {
+        "a": torch.zeros(128, 8),
+        "b": torch.zeros(1, 8, 8),
+        "expert_offsets": torch.tensor([0, 128]),
+        "layout": "NT",
+        **change,
+    }
+    moved = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        torch.ops.torch_moe_ep.grouped_gemm(**moved)

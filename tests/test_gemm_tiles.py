@@ -1,0 +1,51 @@
+"""Which tile the sm_90a grouped GEMMs take: a pure host function, tested without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torch_moe_ep import _library  # noqa: F401  (loads the operators)
+from torch_moe_ep._build_info import library_path, read_build_info
+
+# Block M, block N, ping-pong, cluster M, cluster N.
+LARGE_PAIR = [256, 192, 0, 1, 2]
+WIDE_PAIR = [128, 256, 0, 2, 1]
+WIDE_SINGLE = [128, 256, 0, 1, 1]
+PING_PONG_PAIR = [128, 192, 1, 2, 1]
+PING_PONG_SINGLE = [128, 192, 1, 1, 1]
+
+# Layout, experts, rows, N, K (TN: M), SwiGLU; H = 4096 and I = 14336 or 1024.
+CASES = {
+    "up of Mixtral": (("NT", 8, 33792, 28672, 4096, True), PING_PONG_PAIR),
+    "up of few rows": (("NT", 8, 1024, 28672, 4096, True), PING_PONG_SINGLE),
+    "plain up of many rows": (("NT", 8, 33792, 28672, 4096, False), LARGE_PAIR),
+    "plain up of some rows": (("NT", 8, 8192, 28672, 4096, False), PING_PONG_PAIR),
+    "down of Mixtral: no column wasted": (("NT", 8, 33792, 4096, 14336, False), WIDE_PAIR),
+    "down of 256 rows an expert": (("NT", 8, 3064, 4096, 14336, False), WIDE_PAIR),
+    "down of 128 rows an expert": (("NT", 8, 2040, 4096, 14336, False), WIDE_SINGLE),
+    "down of narrow experts: short K": (("NT", 128, 278528, 4096, 1024, False), PING_PONG_PAIR),
+    "dX of narrow experts: short K": (("NN", 128, 278528, 4096, 2048, False), PING_PONG_PAIR),
+    "dA of narrow experts: 12 % waste": (("NN", 128, 278528, 1024, 4096, False), WIDE_PAIR),
+    "dA of Mixtral": (("NN", 8, 33792, 14336, 4096, False), PING_PONG_PAIR),
+    "dX of Mixtral": (("NN", 8, 33792, 4096, 28672, False), WIDE_PAIR),
+    "weight gradient": (("TN", 8, 33792, 4096, 28672, False), PING_PONG_PAIR),
+    "weight gradient of few rows": (("TN", 8, 1024, 4096, 28672, False), PING_PONG_PAIR),
+    "no rows": (("NT", 8, 0, 4096, 14336, False), WIDE_SINGLE),
+}
+
+needs_cuda_build = pytest.mark.skipif(
+    not read_build_info(library_path()).with_cuda, reason="needs a build with CUDA"
+)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize(("shape", "expected"), CASES.values(), ids=CASES)
+def test_tile_of_shape(shape: tuple[object, ...], expected: list[int]) -> None:
+    assert torch.ops.torch_moe_ep.grouped_gemm_tile(*shape) == expected
+
+
+@needs_cuda_build
+def test_tile_of_unknown_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="layout must be NT, NN or TN, got TT"):
+        torch.ops.torch_moe_ep.grouped_gemm_tile("TT", 8, 128, 64, 64, False)
