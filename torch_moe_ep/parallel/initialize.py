@@ -56,11 +56,14 @@ def _draw(
     num_experts, *shape = param.shape
     num_local = num_experts // state.mesh["ep"].size()
     first = state.mesh.get_local_rank("ep") * num_local
-    drawn = torch.stack([_expert(key, first + i, shape, std) for i in range(num_local)])
+    drawn = torch.stack([draw_expert(key, first + i, shape, std) for i in range(num_local)])
     param.to_local().copy_(shard_slice(drawn, state))
 
 
-def _expert(key: tuple[int, str, str], expert: int, shape: list[int], std: float) -> torch.Tensor:
+def draw_expert(
+    key: tuple[int, str, str], expert: int, shape: list[int], std: float
+) -> torch.Tensor:
+    """One expert's part of a weight, whole, on the CPU; `key` is (seed, layer, parameter)."""
     seed, layer, name = key
     digest = hashlib.sha256(f"{seed}/{layer}/{expert}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -13,7 +13,10 @@ import torch
 from torch import nn
 
 from torch_moe_ep.integrations.smp import config as smp_config
+from torch_moe_ep.integrations.transformers import find_experts, initializer_range
 from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.initialize import draw_expert
+from torch_moe_ep.parallel.swap import WEIGHT_NAMES
 
 
 class DelayedParamIniter:
@@ -26,6 +29,7 @@ class DelayedParamIniter:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self._experts = {id(module) for module in find_experts(model)[0].values()}
         self._names = {id(module): name for name, module in model.named_modules()}
         self._made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # old (kept alive), new
 
@@ -52,8 +56,10 @@ class DelayedParamIniter:
             return
         is_tied = all(param is None or id(param) in self._made for param in own)
         self._materialise(module, torch.device("cpu"))
-        if not is_tied:
-            name = self._names.get(id(module), "")
+        name = self._names.get(id(module), "")
+        if id(module) in self._experts:
+            self._draw_experts(module, name)
+        elif not is_tied:
             key = f"{smp_config.current().random_seed}/{name}"
             digest = hashlib.sha256(key.encode()).digest()
             with torch.random.fork_rng(devices=[]):
@@ -64,6 +70,16 @@ class DelayedParamIniter:
                 for tensor in tensors.values():
                     if tensor is not None:
                         tensor.data = tensor.data.cuda()
+
+    def _draw_experts(self, module: nn.Module, layer: str) -> None:
+        """Experts that were left as they are get the bits that expert-parallel ones would get."""
+        seed, std = smp_config.current().random_seed, initializer_range(self.model)
+        for name in WEIGHT_NAMES:
+            param = module._parameters[name]
+            assert param is not None
+            for expert in range(param.shape[0]):
+                part = draw_expert((seed, layer, name), expert, list(param.shape[1:]), std)
+                param[expert].copy_(part)
 
     def _materialise(self, module: nn.Module, device: torch.device) -> None:
         """Empty tensors in the place of meta ones; tied parameters stay tied."""
