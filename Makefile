@@ -26,6 +26,7 @@ JOBS ?= $(or $(MAX_JOBS),$(shell nproc))
 .PHONY: help
 help:
 	@echo 'make pretrain       train a small Mixtral on real text; results under runs/'
+	@echo 'make smp-example    an SMP v2 style script on 4 CPU ranks: train, validate, save, resume'
 	@echo 'make test           lint and all tests but the long ones'
 	@echo 'make test-full      lint and all tests, packages, worlds of 8 ranks and soaks among them'
 	@echo 'make lint           ruff, mypy, clang-format, clang-tidy'
@@ -110,9 +111,15 @@ test-full: $(if $(IS_DEFAULT),lint) $(STAMPS)/build
 
 # Use
 
-.PHONY: pretrain info kernel-report
+.PHONY: pretrain smp-example info kernel-report
 pretrain: $(STAMPS)/build
 	@$(PY) -m examples.pretrain $(PRETRAIN_ARGS)
+
+SMP_EXAMPLE = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone \
+	--nproc-per-node=4 -m examples.smp_style.train --bf16=0 --lr_decay_iters=40 --warmup=0.1 $(SMP_ARGS)
+smp-example: $(STAMPS)/build
+	@$(SMP_EXAMPLE) --max_steps=8
+	@$(SMP_EXAMPLE) --max_steps=16 --resume_from_checkpoint=runs/smp-example
 
 info: $(STAMPS)/build
 	@$(PY) -m torch_moe_ep.info

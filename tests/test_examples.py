@@ -76,6 +76,42 @@ def test_pretrain_few_steps_writes_every_result(tmp_path: Path) -> None:
     assert wanted <= results
 
 
+def _losses(printed: str) -> dict[str, float]:
+    """Losses of the log lines ``Batch 3 Loss: 4.2, ...`` by what stands before them."""
+    lines = [line for line in printed.splitlines() if line.startswith("Batch ")]
+    return {line.split(": ")[0]: float(line.split(": ")[1].split(",")[0]) for line in lines}
+
+
+def test_smp_style_resumes_at_another_degree_with_the_same_losses(tmp_path: Path) -> None:
+    """Trains, validates and saves at P = 2; goes on from the middle at P = 4 likewise."""
+    common = ("-m", "examples.smp_style.train", "--bf16=0", "--lr_decay_iters=10", "--warmup=0.2",
+              "--max_steps=4", "--checkpoint_freq=2", "--validation_batches=1",
+              "--hidden_width=32", "--intermediate_size=32", "--vocab_size=384",
+              "--max_context_width=32", "--moe_load_balancing=none")  # fmt: skip
+    boards = tmp_path / "boards"
+    whole = _losses(
+        _torchrun(4, *common, "--checkpoint_dir=whole", f"--tensorboard_dir={boards}", cwd=tmp_path)
+    )
+    resumed = _losses(
+        _torchrun(
+            4,
+            *common,
+            "--checkpoint_dir=resumed",
+            "--resume_from_checkpoint=whole/mixtral-2steps",
+            "--expert_parallel_degree=4",
+            "--hybrid_shard_degree=0",
+            cwd=tmp_path,
+        )
+    )
+    assert {"Batch 0 Loss", "Batch 3 Loss", "Batch 3 Validation loss"} <= set(whole)
+    assert set(resumed) == {"Batch 2 Loss", "Batch 3 Loss", "Batch 3 Validation loss"}
+    for name, loss in resumed.items():
+        assert math.isclose(loss, whole[name], rel_tol=1e-4)
+    assert any(boards.iterdir())
+    kept = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert kept == {"data", "mixtral-2steps", "mixtral-4steps"}
+
+
 def test_corpus_packing_cuts_blocks_and_holds_out_text(tmp_path: Path) -> None:
     """Blocks have one length; held-out paragraphs do not occur in the training text."""
     corpus.prepare(tmp_path, vocab_size=512, block_size=64)
