@@ -4,9 +4,14 @@ import pytest
 import torch
 from parallel_cases import UNEVEN, Run, backward, build
 
-from torch_moe_ep import MoEConfig
+from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
 from torch_moe_ep.parallel import initialize_experts
-from torch_moe_ep.testing import LoneExperts, make_local_expert_parallel, random_routing
+from torch_moe_ep.testing import (
+    LoneExperts,
+    make_local_expert_parallel,
+    random_routing,
+    tiny_mixtral,
+)
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients, full_parameters
 
 
@@ -52,9 +57,28 @@ def initialized_on_rank(run: Run):
     return from_rank0({name: w for name, w in weights.items() if ".experts." in name})
 
 
+def initialized_from_meta(run: Run):
+    with torch.device("meta"):
+        model = tiny_mixtral(**run.model)
+    mesh = init_device_mesh("cpu", run.ep, run.shard)
+    apply_expert_parallel(model, mesh)
+    initialize_experts(model, seed=3)  # the experts alone leave meta
+    weights = {
+        f"{name}.{key}": param.full_tensor()
+        for name, experts in model.named_modules()
+        if name.endswith(".experts")
+        for key, param in experts.named_parameters(recurse=False)
+    }
+    return from_rank0(weights)
+
+
 def test_initial_weights_do_not_depend_on_the_grid(ranks):
-    runs = [Run("fsdp2", 1, 1), Run("fsdp2", 2, 2), Run("fsdp1", 4, 2), Run("fsdp2", 4, 2, 1)]
+    runs = [
+        Run("fsdp2", 1, 1), Run("fsdp2", 2, 2), Run("fsdp1", 4, 2), Run("fsdp2", 4, 2, 1),
+        Run("fsdp2", 4, 4), Run("fsdp2", 8, 8), Run("fsdp2", 8, 2),
+    ]  # fmt: skip
     found = [ranks(run.world).run(initialized_on_rank, run)[0] for run in runs]
+    found += [ranks(run.world).run(initialized_from_meta, run)[0] for run in runs[1:5]]
     for other in found[1:]:
         assert all(torch.equal(found[0][name], other[name]) for name in found[0])
     weight = next(iter(found[0].values()))

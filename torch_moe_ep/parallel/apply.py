@@ -85,19 +85,20 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
         swap_experts(module, state, request.config, request.sync_from_rank0)
         assert isinstance(module, ExpertParallelExperts)
         state.experts[name] = module
-    if request.config.changes_router:
-        _swap_routers(state, request)
-    if request.config.global_token_shuffle:
-        _shuffle_blocks(state, request.config.seed)
-    track(state)
-    for name, experts in state.experts.items():
+        track(state)
+        # Before the next layer's: no rank holds more than one layer of its EP rank's experts whole.
         shard_experts(
-            experts,
+            module,
             request.mesh,
             mp_policy=request.mp_policy,
             offload_policy=request.offload_policy,
             reshard_after_forward=request.reshard_after_forward,
         )
+    if request.config.changes_router:
+        _swap_routers(state, request)
+    if request.config.global_token_shuffle:
+        _shuffle_blocks(state, request.config.seed)
+    for name, experts in state.experts.items():
         mark_experts(experts)
         register_state_dict_hooks(experts)
         watch_routing(name, experts)

@@ -17,6 +17,10 @@ from torch_moe_ep.parallel.state import ExpertParallelState
 
 WEIGHT_NAMES = ("gate_up_proj", "down_proj")
 
+# What a rank holds beside its own experts while rank 0's weights are handed out: large enough
+# that a broadcast is limited by the wire, small beside one expert of a large model (235 MB).
+SYNC_CHUNK_BYTES = 64 * 1024**2
+
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -32,7 +36,7 @@ def swap_experts(
         sync_from_rank0: take the weights of global rank 0 instead of this rank's.
 
     Copies this rank's slice of each weight to the mesh's device. Collective over all ranks with
-    `sync_from_rank0` (one broadcast per weight), else local.
+    `sync_from_rank0` (a broadcast per SYNC_CHUNK_BYTES of each weight), else local.
     """
     ep_mesh = state.mesh["ep"]
     num_experts = _weight(module, WEIGHT_NAMES[0]).shape[0]
@@ -133,9 +137,11 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
 def _shard_weight(
     param: nn.Parameter, state: ExpertParallelState, sync_from_rank0: bool
 ) -> nn.Parameter:
-    full = _from_rank0(param, state.device) if sync_from_rank0 else param.detach()
     mesh = state.mesh["ep"]
-    local = full.chunk(mesh.size(), dim=0)[mesh.get_local_rank()]
+    if sync_from_rank0:
+        local = _from_rank0(param, state.device, mesh.get_local_rank(), mesh.size())
+    else:
+        local = param.detach().chunk(mesh.size(), dim=0)[mesh.get_local_rank()]
     if not local.is_meta:
         local = local.to(state.device)
     if local.untyped_storage().nbytes() != local.numel() * local.element_size():
@@ -144,10 +150,30 @@ def _shard_weight(
     return nn.Parameter(sharded, requires_grad=param.requires_grad)
 
 
-def _from_rank0(param: nn.Parameter, device: torch.device) -> torch.Tensor:
-    if dist.get_rank() == 0:
-        full = param.detach().to(device).contiguous()
-    else:
-        full = torch.empty(param.shape, dtype=param.dtype, device=device)
-    dist.broadcast(full, src=0)
-    return full
+def _from_rank0(
+    param: nn.Parameter, device: torch.device, ep_rank: int, ep_size: int
+) -> torch.Tensor:
+    """This EP rank's experts ``[L, a, b]`` of global rank 0's weight ``[E, a, b]``.
+
+    Rows ``[b]`` travel in chunks of at most SYNC_CHUNK_BYTES (or one row), so that a rank holds
+    its own experts and one chunk, never the whole weight. Collective over all ranks.
+    """
+    num_rows = param.shape[0] * param.shape[1]
+    num_local = num_rows // ep_size
+    first = ep_rank * num_local
+    row = param.shape[2:].numel()
+    is_source = dist.get_rank() == 0
+    rows = param.detach().reshape(num_rows, row) if is_source else param
+    local = torch.empty(num_local, row, dtype=param.dtype, device=device)
+    step = max(1, SYNC_CHUNK_BYTES // max(1, row * param.element_size()))
+    for start in range(0, num_rows, step):
+        end = min(start + step, num_rows)
+        if is_source:
+            chunk = rows[start:end].to(device).contiguous()
+        else:
+            chunk = torch.empty(end - start, row, dtype=param.dtype, device=device)
+        dist.broadcast(chunk, src=0)
+        begin, stop = max(start, first), min(end, first + num_local)
+        if begin < stop:
+            local[begin - first : stop - first] = chunk[begin - start : stop - start]
+    return local.view(-1, *param.shape[1:])
