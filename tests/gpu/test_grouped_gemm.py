@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from torch_moe_ep import _library  # noqa: F401  (loads the operators)
+
 from .cases import normal, poisoned_memory, relative_error, requires_gpu
 
 pytestmark = requires_gpu
@@ -26,7 +28,8 @@ class GemmCase:
     a_columns: int
 
     def __str__(self) -> str:
-        return f"{'-'.join(map(str, self.lengths))}-N{self.columns}-K{self.a_columns}"
+        shown = "-".join(map(str, self.lengths[:4]))
+        return f"E{len(self.lengths)}-{shown}-N{self.columns}-K{self.a_columns}"
 
 
 CASES = [
