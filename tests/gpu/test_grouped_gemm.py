@@ -39,7 +39,7 @@ CASES = [
     GemmCase((128,) * 4, 512, 1024),  # single CTAs
     GemmCase((256, 384, 0, 512), 512, 4096),  # pairs, 256 wide
     GemmCase((256, 384, 0, 512), 1000, 520),  # pairs, ping-pong
-    GemmCase((4096, 128), 968, 520),  # 256 x 192
+    GemmCase((4096, 128), 968, 4096),  # 256 x 192
     GemmCase((256,) * 8, 1536, 2048),
     GemmCase((128,) * 300, 64, 64),
 ]

@@ -16,6 +16,8 @@ constexpr TileConfig kPingPongSingle = {128, 192, true, 1, 1};
 constexpr int64_t kPairRows = 320;
 // From here on an expert has enough 256-row tiles for its half-empty last one not to count.
 constexpr int64_t kManyRows = 2048;
+// A 256 x 192 tile stores longest and needs a main loop as long (0.87 of ping-pong at K = 1024).
+constexpr int64_t kLongK = 4096;
 // While both groups of a tile store, nothing multiplies: as much time as this many columns of K
 // (measured on an H200: 128 x 256 tiles reach 0.85 of ping-pong at K = 1024, 0.90 at 2048).
 constexpr int64_t kEpilogueK = 300;
@@ -39,8 +41,9 @@ TileConfig choose_tile(const GroupedGemmShape& shape) {
   if (shape.has_swiglu) return is_pair ? kPingPongPair : kPingPongSingle;
   if (!is_pair) return kWideSingle;
   if (is_wide_better(shape)) return kWidePair;
-  const bool is_forward = shape.layout == GemmLayout::kNT;
-  return is_forward && rows_per_expert >= kManyRows ? kLargePair : kPingPongPair;
+  const bool is_large =
+      shape.layout == GemmLayout::kNT && rows_per_expert >= kManyRows && shape.a_columns >= kLongK;
+  return is_large ? kLargePair : kPingPongPair;
 }
 
 }  // namespace torch_moe_ep::sm90
