@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch_moe_ep import apply_expert_parallel, init_device_mesh
 from torch_moe_ep.memory import checkpoint_contexts, offload_activations
 from torch_moe_ep.testing import batch_of, tiny_mixtral
-from torch_moe_ep.testing.parallel import decoder_layers
+from torch_moe_ep.testing.parallel import decoder_layers, plain_name
 
 from .cases import requires_gpu
 
@@ -46,7 +46,7 @@ def step(horizon: int | None, keep: str | None) -> tuple[dict[str, torch.Tensor]
         torch.cuda.synchronize()
         left = torch.cuda.memory_allocated() - before
         loss.backward()
-    found = {name: param.grad for name, param in model.named_parameters()}
+    found = {plain_name(name): param.grad for name, param in model.named_parameters()}
     return {name: getattr(g, "full_tensor", lambda g=g: g)() for name, g in found.items()}, left
 
 

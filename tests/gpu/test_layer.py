@@ -149,12 +149,12 @@ def saved_bytes_of(experts: torch.nn.Module, x: torch.Tensor, ids: torch.Tensor)
     """What forward keeps for backward beside x, its router weights and the experts' weights."""
     weights = torch.full(ids.shape, 0.5, device="cuda", requires_grad=True)
     own = {t.untyped_storage().data_ptr() for t in (x, weights)}
-    own |= {full_tensor(p).untyped_storage().data_ptr() for p in experts.parameters()}
+    weight_shapes = {param.shape for param in experts.parameters()}  # FSDP's gathered copies
     found: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own and tensor.shape not in weight_shapes:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
