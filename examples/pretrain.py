@@ -29,6 +29,7 @@ import torch_moe_ep
 from examples import corpus, plots
 from examples.arguments import parse_arguments
 from examples.generate import write_sample
+from examples.leave import leave
 from examples.run_log import RunLog, StepReport
 
 
@@ -325,8 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     torch_moe_ep.export_hf(model, folder / "hf")
     if ranks.rank == 0:
         finish(arguments, log, data, validation_loss, seconds)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
     return 0
 
 

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 import torch_moe_ep
 import torch_moe_ep.integrations.smp as tsm
 from examples import corpus
+from examples.leave import leave
 from examples.run_log import model_flops_per_step
 from examples.smp_style.arguments import parse_arguments
 from torch_moe_ep.integrations.smp.delayed_param import DelayedParamIniter
@@ -283,8 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.resume_from_checkpoint is not None:
         script.resume(arguments.resume_from_checkpoint)
     script.run()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
     return 0
 
 
