@@ -31,6 +31,7 @@ from examples.arguments import parse_arguments
 from examples.generate import write_sample
 from examples.leave import leave
 from examples.run_log import RunLog, StepReport
+from examples.sizes import sizes_of
 
 
 @dataclass(frozen=True)
@@ -83,16 +84,7 @@ def build_model(arguments: argparse.Namespace, vocab_size: int) -> MixtralForCau
     """Make the stock model; the same weights on every rank, from the seed."""
     torch.manual_seed(arguments.seed)
     config = MixtralConfig(
-        vocab_size=vocab_size,
-        hidden_size=arguments.hidden_width,
-        intermediate_size=arguments.intermediate_size,
-        num_hidden_layers=arguments.num_layers,
-        num_attention_heads=arguments.num_heads,
-        num_key_value_heads=arguments.num_key_value_heads,
-        num_local_experts=arguments.num_experts,
-        num_experts_per_tok=arguments.num_experts_per_tok,
-        max_position_embeddings=arguments.max_context_width,
-        initializer_range=arguments.initializer_range,
+        **sizes_of(arguments, vocab_size),
         router_aux_loss_coef=arguments.router_aux_loss_coef,
         output_router_logits=True,
         bos_token_id=0,

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from torch_moe_ep import apply_expert_parallel, init_device_mesh, ops
+from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, ops
 from torch_moe_ep.testing import LoneExperts, RankFailure, random_routing
 
 TIMEOUT_S = 2
@@ -123,6 +123,10 @@ def refused_time_out() -> None:
             ops.plan(
                 torch.zeros(2, 1, dtype=torch.int64), 4, group_name=dist.group.WORLD.group_name
             )
+        with pytest.raises(
+            ValueError, match=r"TORCH_MOE_EP_TIMEOUT_S must be a positive whole.*soon"
+        ):
+            init_device_mesh("cpu", 2)
     finally:
         del os.environ["TORCH_MOE_EP_TIMEOUT_S"]
 
@@ -131,8 +135,9 @@ def test_time_out_that_is_no_number_is_refused(ranks):
     ranks(2).run(refused_time_out)
 
 
-def message_of_invalid_id(bad_rank: int) -> str:
-    model = apply_expert_parallel(LoneExperts(), init_device_mesh("cpu", 2))
+def message_of_invalid_id(bad_rank: int, dispatcher: str) -> str:
+    config = MoEConfig(dispatcher=dispatcher)
+    model = apply_expert_parallel(LoneExperts(), init_device_mesh("cpu", 2), config)
     ids, weights = random_routing(3, 2, 8)
     if dist.get_rank() == bad_rank:
         ids[1, 0] = 8
@@ -141,7 +146,8 @@ def message_of_invalid_id(bad_rank: int) -> str:
     return str(caught.value)
 
 
-def test_expert_id_out_of_range_on_one_rank_raises_on_all(ranks):
-    said = ranks(2).run(message_of_invalid_id, 1, timeout_s=30)
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather"])
+def test_expert_id_out_of_range_on_one_rank_raises_on_all(ranks, dispatcher):
+    said = ranks(2).run(message_of_invalid_id, 1, dispatcher, timeout_s=30)
     assert said[0] == said[1]
     assert "expert_ids must be in [0, 8), got 1 others on rank 1 of the expert-parallel" in said[0]

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from torch_moe_ep import ops
 from torch_moe_ep.ops import DispatchPlan
+from torch_moe_ep.parallel.gather import all_gather
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -71,26 +72,40 @@ class CountCopies(torch.autograd.Function):
 
 
 def gather_tokens(
-    x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    weights: torch.Tensor,
+    num_experts: int,
+    group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gather the tokens of a group, each rank's padded to the largest number of tokens.
 
     Args:
         x: ``[T, H]``; T may differ by rank.
         expert_ids: int64 ``[T, K]``.
         weights: fp32 ``[T, K]``.
+        num_experts: E.
         group: the EP group.
 
     Returns:
-        ``[P T', H]``, int64 ``[P T', K]`` with -1 in padding, fp32 ``[P T', K]``, and T', the
+        ``[P T', H]``, int64 ``[P T', K]`` with -1 in padding and fp32 ``[P T', K]``; T' is the
         largest T. Differentiable in x and weights.
 
-    Collective over the group (four all-gathers); syncs the host once, to learn T'.
+    Raises:
+        ValueError: on every rank of the group, when any has an id outside of [0, E).
+
+    Collective over the group (four all-gathers); syncs the host once, for T' and the ids' check.
     """
-    sizes = torch.ops.torch_moe_ep.all_gather(
-        torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device), group.group_name
-    )
-    num_padded = int(sizes.max())
+    num_invalid = ((expert_ids < 0) | (expert_ids >= num_experts)).sum()
+    notes = all_gather(torch.stack([num_invalid.new_tensor(x.shape[0]), num_invalid]), group)
+    sizes, invalid = notes.t().tolist()
+    for rank, count in enumerate(invalid):
+        if count > 0:
+            raise ValueError(
+                f"expert_ids must be in [0, {num_experts}), got {count} others on rank {rank} of "
+                f"the expert-parallel group (check the router)"
+            )
+    num_padded = max(sizes)
     padding = (0, 0, 0, num_padded - x.shape[0])
     gather: Any = _GatherTokens.apply
     ids = functional.pad(expert_ids, padding, value=-1)
@@ -98,7 +113,6 @@ def gather_tokens(
         gather(functional.pad(x, padding), group),
         gather(ids, group),
         gather(functional.pad(weights, padding), group),
-        num_padded,
     )
 
 

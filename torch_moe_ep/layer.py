@@ -120,11 +120,13 @@ class ExpertParallelExperts(nn.Module):
     ) -> torch.Tensor:
         """The pipeline over all tokens of the EP group, of which this rank's experts take theirs.
 
-        Collective over the EP group (three all-gathers of tokens, a reduce-scatter), one host sync.
+        Collective over the EP group (four all-gathers, a reduce-scatter), one host sync.
         """
         group = _resolve_process_group(self.ep_group_name)  # type: ignore[arg-type]
         x = hidden_states.reshape(-1, hidden_states.size(-1))
-        tokens, ids, weights, _ = gather_tokens(x, top_k_index, top_k_weights.float(), group)
+        tokens, ids, weights = gather_tokens(
+            x, top_k_index, top_k_weights.float(), self.num_global_experts, group
+        )
         num_local = self.num_global_experts // group.size()
         whole, own = plan_own_experts(ids, group.rank() * num_local, num_local)
         rows, row_weights = ops.dispatch(tokens, weights, whole)

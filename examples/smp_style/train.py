@@ -31,6 +31,7 @@ import torch_moe_ep.integrations.smp as tsm
 from examples import corpus
 from examples.leave import leave
 from examples.run_log import model_flops_per_step
+from examples.sizes import sizes_of
 from examples.smp_style.arguments import parse_arguments
 from torch_moe_ep.integrations.smp.delayed_param import DelayedParamIniter
 from torch_moe_ep.integrations.smp.tensor_parallel.transformer import TransformerLayer
@@ -41,16 +42,7 @@ logger = tsm.logger.get_logger()
 def make_config(arguments: argparse.Namespace, vocab_size: int) -> MixtralConfig:
     """Mixtral's configuration with the sizes of the arguments."""
     return MixtralConfig(
-        vocab_size=vocab_size,
-        hidden_size=arguments.hidden_width,
-        intermediate_size=arguments.intermediate_size,
-        num_hidden_layers=arguments.num_layers,
-        num_attention_heads=arguments.num_heads,
-        num_key_value_heads=arguments.num_key_value_heads,
-        num_local_experts=arguments.num_experts,
-        num_experts_per_tok=arguments.num_experts_per_tok,
-        max_position_embeddings=arguments.max_context_width,
-        initializer_range=arguments.initializer_range,
+        **sizes_of(arguments, vocab_size),
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         use_cache=False,

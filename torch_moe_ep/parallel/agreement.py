@@ -112,6 +112,10 @@ def _hear(store: dist.Store, key: str, topic: str) -> None:
 def _timeout(store: dist.Store) -> timedelta:
     seconds = os.environ.get("TORCH_MOE_EP_TIMEOUT_S")
     if seconds:
-        return timedelta(seconds=float(seconds))
+        if not seconds.isdecimal() or int(seconds) == 0:
+            raise ValueError(
+                f"TORCH_MOE_EP_TIMEOUT_S must be a positive whole number of seconds, got {seconds}"
+            )
+        return timedelta(seconds=int(seconds))
     timeout: timedelta = store.timeout  # type: ignore[attr-defined]
     return timeout

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from torch_moe_ep.parallel.gather import all_gather
+
 
 class _Shuffle(NamedTuple):
     """One rank's part of a permutation.
@@ -79,9 +81,7 @@ def shuffle_tokens(
 
 
 def _shuffle_of(x: torch.Tensor, group: dist.ProcessGroup, key: str) -> _Shuffle:
-    sizes = torch.ops.torch_moe_ep.all_gather(
-        torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device), group.group_name
-    )
+    sizes = all_gather(torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device), group)
     return plan_shuffle(sizes.flatten().tolist(), group.rank(), key, x.device)
 
 
