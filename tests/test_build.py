@@ -181,3 +181,34 @@ def test_wheel_from_sdist_installs_and_loads_outside_the_checkout(tmp_path):
         check=True,
     )
     assert done.stdout.startswith(str(target))
+
+
+def test_every_module_can_be_the_first_that_is_imported():
+    """In a fork for each: torch and transformers are there, nothing of torch_moe_ep is."""
+    code = """
+import os, pkgutil, sys, traceback
+import torch, torch.distributed.fsdp, transformers.models.mixtral.modeling_mixtral
+from importlib import import_module
+from pathlib import Path
+root = Path(sys.argv[1])
+names = [".".join(path.relative_to(root).with_suffix("").parts) for path in
+         sorted((root / "torch_moe_ep").rglob("*.py")) if path.stem != "__main__"]
+failed = []
+for name in names:
+    child = os.fork()
+    if child == 0:
+        try:
+            import_module(name.removesuffix(".__init__"))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1] != 0:
+        failed.append(name)
+print(len(names), failed)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], cwd=ROOT, capture_output=True, text=True
+    )
+    count, failed = done.stdout.split(maxsplit=1)
+    assert int(count) > 40 and failed.strip() == "[]", done.stdout + done.stderr

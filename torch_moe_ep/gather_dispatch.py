@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from torch_moe_ep import ops
+from torch_moe_ep.gather import all_gather
 from torch_moe_ep.ops import DispatchPlan
-from torch_moe_ep.parallel.gather import all_gather
 
 
 class _GatherTokens(torch.autograd.Function):

@@ -1,23 +1,17 @@
-#include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/List.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/function_schema.h>
-#include <ATen/core/stack.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "common/element_type_of.h"
 #include "common/fresh_pages.h"
 #include "expert_mlp/expert_mlp.h"
+#include "expert_mlp/panel_gemm.h"
 #include "expert_mlp/swiglu_loops.h"
 
 namespace torch_moe_ep {
@@ -72,47 +66,6 @@ int64_t longest(const std::vector<Segment>& segments) {
   return count;
 }
 
-// torch's op over oneDNN's inner product, or nullopt where this torch has none or calls it
-// otherwise. It is internal to torch: taken only when its schema is the known one, and called
-// boxed, so that nothing hangs on its C++ signature.
-std::optional<c10::OperatorHandle> find_onednn_linear() {
-  constexpr const char* kSchema =
-      "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, "
-      "str? algorithm) -> Tensor Y";
-  const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-  const bool is_known = op.has_value() && op->hasSchema() &&
-                        op->hasKernelForDispatchKey(c10::DispatchKey::CPU) &&
-                        c10::toString(op->schema()) == kSchema;
-  return is_known ? op : std::nullopt;
-}
-
-at::Tensor onednn_linear(const c10::OperatorHandle& op,
-                         const at::Tensor& rows,
-                         const at::Tensor& weight) {
-  const c10::List<std::optional<at::Scalar>> no_scalars;
-  torch::jit::Stack stack = {rows, weight, c10::IValue(), "none", no_scalars, c10::IValue()};
-  op.callBoxed(stack);
-  return std::move(stack.front()).toTensor();
-}
-
-// out = rows weight^T for rows [count, K] and weight [N, K], of any strides.
-//
-// at::mm leaves float32 to BLAS. On an AMD EPYC MKL does 105 GFLOP/s with 64 rows where oneDNN does
-// 190, and 175 where it does 210 with 512 rows. oneDNN's product is a fresh tensor, and copying it
-// is cheap for rows; weight gradients are too large for that.
-void multiply(at::Tensor out, const at::Tensor& rows, const at::Tensor& weight) {
-  // Multiply-adds from which on the code that oneDNN makes for each new count of rows pays.
-  constexpr int64_t kWorthwhile = int64_t{1} << 22;
-  static const std::optional<c10::OperatorHandle> linear = find_onednn_linear();
-  const int64_t work = rows.size(0) * weight.size(0) * weight.size(1);
-  if (linear.has_value() && rows.scalar_type() == at::kFloat && work >= kWorthwhile &&
-      at::globalContext().userEnabledMkldnn()) {
-    out.copy_(onednn_linear(*linear, rows, weight));
-  } else {
-    at::mm_out(out, rows, weight.t());
-  }
-}
-
 // Rows that one thread takes at least, so that waking it pays.
 int64_t rows_per_task(int64_t width) {
   constexpr int64_t kElements = 16384;
@@ -163,10 +116,10 @@ class WeightGradient {
   void add(const Segment& segment, const at::Tensor& left, const at::Tensor& right) {
     zero_until(segment.expert);
     num_written_ = segment.expert + 1;
-    at::Tensor out = gradient_.select(0, segment.expert);
+    const at::Tensor out = gradient_.select(0, segment.expert);
     const bool is_whole = segment.is_experts_first && segment.is_experts_last;
     if (is_whole || out.scalar_type() == at::kFloat) {
-      product(out, left, right, segment.is_experts_first ? 0.0 : 1.0);
+      product(out, left, right, segment.is_experts_first);
     } else {
       add_in_fp32(segment, left, right, out);
     }
@@ -178,13 +131,13 @@ class WeightGradient {
   }
 
  private:
-  // With beta 0 what `out` holds is not read.
-  void product(at::Tensor& out,
+  // out = scale * left^T right, or added to out where this is not an expert's first part.
+  void product(const at::Tensor& out,
                const at::Tensor& left,
                const at::Tensor& right,
-               double beta) const {
-    if (beta == 0.0) take_fresh_pages(out);
-    at::addmm_out(out, out, left.t(), right, beta, scale_);
+               bool is_first) const {
+    if (is_first) take_fresh_pages(out);
+    multiply(out, left.t(), right, scale_, is_first ? 0.0 : 1.0, Destination::kReadLater);
   }
 
   // Several parts of a 16-bit gradient: fp32 for one expert at a time, since its parts follow each
@@ -197,7 +150,7 @@ class WeightGradient {
       part_ = at::empty(out.sizes(), out.options());
       sum_ = at::empty(out.sizes(), out.options().dtype(at::kFloat));
     }
-    product(part_, left, right, 0.0);
+    product(part_, left, right, /*is_first=*/true);
     if (segment.is_experts_first) {
       sum_.copy_(part_);
     } else {
@@ -251,9 +204,9 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cpu(const at::Tensor& rows
     const at::Tensor activation = buffer.narrow(0, 0, segment.count);
     at::Tensor segment_y = segment.of(y);
     if (has_z) take_fresh_pages(segment_z);
-    multiply(segment_z, segment.of(dense_rows), dense_gate_up.select(0, segment.expert));
+    multiply(segment_z, segment.of(dense_rows), dense_gate_up.select(0, segment.expert).t());
     swiglu(segment_z, segment.of(dense_weights), activation);
-    multiply(segment_y, activation, dense_down.select(0, segment.expert));
+    multiply(segment_y, activation, dense_down.select(0, segment.expert).t());
   }
   return {y, z};
 }
@@ -294,9 +247,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     const at::Tensor segment_rows = segment.of(dense_rows);
     const at::Tensor expert_gate_up = dense_gate_up.select(0, segment.expert);
     at::Tensor grad_z = z_buffer.narrow(0, 0, segment.count);
-    if (!has_z) multiply(grad_z, segment_rows, expert_gate_up);
+    if (!has_z) multiply(grad_z, segment_rows, expert_gate_up.t());
     at::Tensor activation = buffer.narrow(0, 0, segment.count);  // first its gradient
-    multiply(activation, segment_grad, dense_down.select(0, segment.expert).t());
+    multiply(activation, segment_grad, dense_down.select(0, segment.expert));
     swiglu_backward(has_z ? segment.of(dense_z) : grad_z,
                     segment.of(dense_weights),
                     activation,
@@ -305,7 +258,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     grad_down.add(segment, segment_grad, activation);
     grad_gate_up.add(segment, grad_z, segment_rows);
     at::Tensor segment_grad_rows = segment.of(grad_rows);
-    multiply(segment_grad_rows, grad_z, expert_gate_up.t());
+    multiply(segment_grad_rows, grad_z, expert_gate_up);
   }
   return {grad_rows, grad_row_weights, grad_gate_up.finish(), grad_down.finish()};
 }

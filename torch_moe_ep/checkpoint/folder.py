@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from torch_moe_ep.parallel.gather import shared_reason
+from torch_moe_ep.gather import shared_reason
 
 MARKER = "complete.json"
 HUB_FOLDER = "hf"  # config and generation config, so that an export needs nothing else

@@ -8,7 +8,6 @@ Ranks form a grid ``(replicate, shard, ep)``. `apply_expert_parallel` (apply.py)
     fsdp1.py      the mark that keeps FSDP1 and DDP away from the experts
     state_dict.py hooks: full tensors in and out of an FSDP1 full state dict
     forward.py    what happens at the model's first forward: guard, hidden root, prefetch lists
-    gather.py     what every rank says, with our time-out
     batch_check.py  a warning when EP partners train on the same batch
 
 and these serve the training loop: grad_norm.py and stock_clip.py (clipping), optimizer.py (step

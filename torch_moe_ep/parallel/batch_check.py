@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torch_moe_ep.parallel.gather import all_gather
+from torch_moe_ep.gather import all_gather
 from torch_moe_ep.parallel.state import ExpertParallelState
 
 

@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_moe_ep.config import MoEConfig
+from torch_moe_ep.gather import shared_reason
 from torch_moe_ep.integrations import transformers as hf
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.parallel.agreement import agree, first_difference
-from torch_moe_ep.parallel.gather import shared_reason
 from torch_moe_ep.parallel.mesh import mesh_misfit
 
 MIN_TORCH = (2, 11)

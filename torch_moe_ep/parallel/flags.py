@@ -7,7 +7,7 @@ or by the optimizer's step hook, and every rank raises before any parameter chan
 
 import torch
 
-from torch_moe_ep.parallel.gather import all_gather
+from torch_moe_ep.gather import all_gather
 from torch_moe_ep.parallel.state import ExpertParallelState
 
 

@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 
+from torch_moe_ep.gather import all_gather
 from torch_moe_ep.parallel.flags import local_flag, raise_if_invalid
-from torch_moe_ep.parallel.gather import all_gather
 from torch_moe_ep.parallel.state import ExpertParallelState, live_states, states_of
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from torch_moe_ep.parallel.gather import all_gather
+from torch_moe_ep.gather import all_gather
 
 
 class _Shuffle(NamedTuple):
