@@ -12,7 +12,7 @@ from test_expert_mlp import inputs_of, run
 from torch_moe_ep import ops, reference
 from torch_moe_ep.testing import relative_error
 
-# Depth blocks end at 768 steps; panels are 14 or 6 rows high and 32 or 16 columns wide.
+# Depth blocks end at 768 steps; panels are 8 or 6 rows high and 48 or 16 columns wide.
 LARGE = (
     Case("deep_hidden", tokens=40, hidden=1000, width=48),
     Case("deep_width", tokens=40, hidden=48, width=801),

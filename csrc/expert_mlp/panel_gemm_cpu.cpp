@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 #include "expert_mlp/panels.h"
@@ -29,6 +30,23 @@ const PanelKernels* panel_kernels() {
 
 int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
+// A row of a panel is too short to pay for a call of memmove.
+void copy_steps(const float* from,
+                int64_t stride,
+                int64_t depth,
+                int64_t width,
+                int64_t panel_width,
+                float* to) {
+  constexpr int64_t kCopied = 8;
+  for (int64_t step = 0; step < depth; ++step, from += stride, to += panel_width) {
+    int64_t i = 0;
+    for (; i + kCopied <= width; i += kCopied)
+      std::memcpy(to + i, from + i, kCopied * sizeof(float));
+    for (; i < width; ++i) to[i] = from[i];
+    for (; i < panel_width; ++i) to[i] = 0.0F;
+  }
+}
+
 // One operand, cut into panels along M or N.
 struct Operand {
   const float* data;
@@ -36,13 +54,19 @@ struct Operand {
   bool
       is_depth_strided;  // element i of a step lies beside element i + 1; else beside the next step
   int64_t count;         // M or N
-  int64_t panel_width;
+  int64_t max_width;     // of a panel
+  int64_t width_unit;    // a panel's width is a multiple
 
-  int64_t num_panels() const { return ceil_div(count, panel_width); }
-  int64_t width(int64_t panel) const { return std::min(panel_width, count - panel * panel_width); }
+  int64_t num_panels() const { return ceil_div(count, max_width); }
+  int64_t begin(int64_t panel) const { return panel * max_width; }
+  // Rows or columns that a panel has.
+  int64_t width(int64_t panel) const { return std::min(max_width, count - begin(panel)); }
+  int64_t panel_width(int64_t panel) const {
+    return ceil_div(width(panel), width_unit) * width_unit;
+  }
   // A transposing pack writes up to a vector further.
   int64_t panel_size(int64_t depth) const {
-    return ceil_div(depth * panel_width, kAlignment) * kAlignment + kAlignment;
+    return ceil_div(depth * max_width, kAlignment) * kAlignment + kAlignment;
   }
 
   // Part `part` of `num_parts` of the cache lines that a panel is packed from.
@@ -50,9 +74,8 @@ struct Operand {
       int64_t panel, int64_t first, int64_t depth, int64_t part, int64_t num_parts) const {
     constexpr int64_t kLine = 64 / sizeof(float);
     if (panel >= num_panels()) return {};
-    const int64_t begin = panel * panel_width;
-    const float* const from =
-        is_depth_strided ? data + first * stride + begin : data + begin * stride + first;
+    const float* const from = is_depth_strided ? data + first * stride + begin(panel)
+                                               : data + begin(panel) * stride + first;
     const int64_t lines_per_row = ceil_div(is_depth_strided ? width(panel) : depth, kLine);
     const int64_t num_lines = lines_per_row * (is_depth_strided ? depth : width(panel));
     const int64_t line = num_lines * part / num_parts;
@@ -66,16 +89,12 @@ struct Operand {
 
   void pack(
       const PanelKernels& kernels, int64_t panel, int64_t first, int64_t depth, float* to) const {
-    const int64_t begin = panel * panel_width;
-    if (!is_depth_strided) {
-      const float* const from = data + begin * stride + first;
-      kernels.pack_transposed({from, stride, depth, width(panel), panel_width, to});
-      return;
-    }
-    for (int64_t step = 0; step < depth; ++step) {
-      float* const row = to + step * panel_width;
-      std::copy_n(data + (first + step) * stride + begin, width(panel), row);
-      std::fill(row + width(panel), row + panel_width, 0.0F);
+    const int64_t at = begin(panel);
+    if (is_depth_strided) {
+      copy_steps(data + first * stride + at, stride, depth, width(panel), panel_width(panel), to);
+    } else {
+      kernels.pack_transposed(
+          {data + at * stride + first, stride, depth, width(panel), panel_width(panel), to});
     }
   }
 };
@@ -109,19 +128,21 @@ struct DepthBlock {
                 int64_t right_panel,
                 const float* packed_right,
                 const Prefetch& prefetch) const {
-    const int64_t row = left_panel * left.panel_width;
-    const int64_t column = right_panel * right.panel_width;
-    kernels.multiply[left.panel_width]({.left = packed_left,
-                                        .right = packed_right,
-                                        .depth = depth,
-                                        .alpha = out.alpha,
-                                        .is_added = out.is_added || first > 0,
-                                        .is_streamed = out.is_streamed,
-                                        .out = out.data + row * out.stride + column,
-                                        .out_stride = out.stride,
-                                        .num_rows = left.width(left_panel),
-                                        .num_columns = right.width(right_panel),
-                                        .prefetch = prefetch});
+    const int64_t row = left.begin(left_panel);
+    const int64_t column = right.begin(right_panel);
+    const int64_t vectors = right.panel_width(right_panel) / kernels.lanes;
+    kernels.multiply[vectors][left.panel_width(left_panel)](
+        {.left = packed_left,
+         .right = packed_right,
+         .depth = depth,
+         .alpha = out.alpha,
+         .is_added = out.is_added || first > 0,
+         .is_streamed = out.is_streamed,
+         .out = out.data + row * out.stride + column,
+         .out_stride = out.stride,
+         .num_rows = left.width(left_panel),
+         .num_columns = right.width(right_panel),
+         .prefetch = prefetch});
   }
 
   // `count` own panels from `begin` on, packed one behind the other, with every shared one.
@@ -159,7 +180,7 @@ struct DepthBlock {
   }
 
   void run() const {
-    const int64_t shared_work = shared().panel_width * depth;
+    const int64_t shared_work = shared().max_width * depth;
     at::parallel_for(0,
                      shared().num_panels(),
                      ceil_div(kTaskWork / 8, shared_work),
@@ -169,7 +190,7 @@ struct DepthBlock {
                          shared().pack(kernels, panel, first, depth, shared_panels + panel * size);
                        }
                      });
-    const int64_t own_work = own().panel_width * shared().count * depth;
+    const int64_t own_work = own().max_width * shared().count * depth;
     at::parallel_for(
         0, own().num_panels(), ceil_div(kTaskWork, own_work), [this](int64_t begin, int64_t end) {
           own_range(begin, end);
@@ -177,19 +198,20 @@ struct DepthBlock {
   }
 };
 
-// Panels of at most max_width that share the rows evenly: 64 rows as 5 panels of 13, not of 14.
+// Panels of at most max_width that share the rows evenly: 20 rows as 3 of 7, not 8, 8 and 4.
 int64_t even_width(int64_t count, int64_t max_width) {
   return ceil_div(count, ceil_div(count, max_width));
 }
 
 // The matrix cut along its first dimension (left, or right transposed).
-Operand operand_of(const at::Tensor& matrix, int64_t panel_width) {
+Operand operand_of(const at::Tensor& matrix, int64_t max_width, int64_t width_unit) {
   const bool is_depth_strided = matrix.stride(0) == 1 && matrix.stride(1) != 1;
   return {matrix.const_data_ptr<float>(),
           matrix.stride(is_depth_strided ? 1 : 0),
           is_depth_strided,
           matrix.size(0),
-          panel_width};
+          max_width,
+          width_unit};
 }
 
 at::Tensor with_a_unit_stride(const at::Tensor& matrix) {
@@ -201,8 +223,9 @@ void multiply_panels(const PanelKernels& kernels,
                      const at::Tensor& right_matrix,
                      const Output& out) {
   const int64_t total_depth = left_matrix.size(1);
-  const Operand left = operand_of(left_matrix, even_width(left_matrix.size(0), kernels.rows));
-  const Operand right = operand_of(right_matrix.t(), kernels.columns);
+  const Operand left = operand_of(left_matrix, even_width(left_matrix.size(0), kernels.rows), 1);
+  const Operand right =
+      operand_of(right_matrix.t(), kernels.vectors * kernels.lanes, kernels.lanes);
   const DepthBlock layout{kernels, left, right, out, 0, std::min(total_depth, kDepth), {}, {}};
   const int64_t shared_size =
       layout.shared().num_panels() * layout.shared().panel_size(layout.depth);

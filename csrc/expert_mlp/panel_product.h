@@ -173,13 +173,19 @@ void pack_transposed(const TransposedPanel& panel) {
 }
 
 template <class Isa, int kVectors, int... kRows>
-constexpr PanelKernels make_panel_kernels(std::integer_sequence<int, kRows...> /*rows*/) {
-  constexpr int kMost = sizeof...(kRows);
-  return {Isa::kLanes,
-          kMost,
-          kVectors * Isa::kLanes,
-          {nullptr, &PanelBlock<Isa, kRows + 1, kVectors>::multiply...},
-          &pack_transposed<Isa>};
+constexpr void set_multiply(PanelKernels& kernels, std::integer_sequence<int, kRows...> /*rows*/) {
+  ((kernels.multiply[kVectors][kRows + 1] = &PanelBlock<Isa, kRows + 1, kVectors>::multiply), ...);
+}
+
+template <class Isa, int kRows, int... kVectors>
+constexpr PanelKernels make_panel_kernels(std::integer_sequence<int, kVectors...> /*vectors*/) {
+  PanelKernels kernels = {};
+  kernels.lanes = Isa::kLanes;
+  kernels.rows = kRows;
+  kernels.vectors = sizeof...(kVectors);
+  (set_multiply<Isa, kVectors + 1>(kernels, std::make_integer_sequence<int, kRows>()), ...);
+  kernels.pack_transposed = &pack_transposed<Isa>;
+  return kernels;
 }
 
 }  // namespace

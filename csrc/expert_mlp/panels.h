@@ -20,16 +20,16 @@ struct Prefetch {
 };
 
 struct PanelProduct {
-  const float* left;   // [depth, panel_rows], 4-byte aligned
-  const float* right;  // [depth, columns], 64-byte aligned
+  const float* left;   // [depth, panel_width]
+  const float* right;  // [depth, panel_width], aligned as vectors are
   int64_t depth;
   float alpha;
   bool is_added;        // out += alpha * product, else out = alpha * product
   bool is_streamed;     // past the caches, where out is aligned: it is not read soon
   float* out;           // [num_rows, num_columns]
   int64_t out_stride;   // elements from row to row
-  int64_t num_rows;     // of out: at most panel_rows
-  int64_t num_columns;  // of out: at most columns
+  int64_t num_rows;     // of out: at most left's panel_width
+  int64_t num_columns;  // of out: at most right's panel_width
   Prefetch prefetch;    // done as far as there are steps
 };
 
@@ -46,12 +46,13 @@ struct TransposedPanel {
 // For every element of out the sum over depth runs in ascending order by fused multiply-adds,
 // whichever instruction set, panel width, or place in a panel: all give the same bits.
 struct PanelKernels {
-  static constexpr int64_t kMaxRows = 16;
+  static constexpr int64_t kMaxRows = 8;
+  static constexpr int64_t kMaxVectors = 3;
   int64_t lanes;    // fp32 elements of a vector
   int64_t rows;     // of a panel of left, at most
-  int64_t columns;  // of a panel of right
-  // By rows of left's panel: [1] to [rows].
-  void (*multiply[kMaxRows + 1])(const PanelProduct& product);
+  int64_t vectors;  // of a step of right's panel, at most
+  // By vectors and rows of the panels, from 1 on.
+  void (*multiply[kMaxVectors + 1][kMaxRows + 1])(const PanelProduct& product);
   void (*pack_transposed)(const TransposedPanel& panel);
 };
 

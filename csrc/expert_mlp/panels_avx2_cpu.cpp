@@ -19,7 +19,7 @@ struct Avx2 {
   static void stream(float* to, Vector value) { _mm256_stream_ps(to, value); }
 };
 
-constexpr PanelKernels kKernels = make_panel_kernels<Avx2, 2>(std::make_integer_sequence<int, 6>());
+constexpr PanelKernels kKernels = make_panel_kernels<Avx2, 6>(std::make_integer_sequence<int, 2>());
 
 }  // namespace
 

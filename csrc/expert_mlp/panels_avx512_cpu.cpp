@@ -20,7 +20,7 @@ struct Avx512 {
 };
 
 constexpr PanelKernels kKernels =
-    make_panel_kernels<Avx512, 2>(std::make_integer_sequence<int, 14>());
+    make_panel_kernels<Avx512, 8>(std::make_integer_sequence<int, 3>());
 
 }  // namespace
 
