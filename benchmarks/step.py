@@ -109,12 +109,8 @@ def _runner(
     return lambda: training_step(model, optimizer, tokens)
 
 
-def main() -> None:
-    """Time the eager pair and the compiled pair, keep the result file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    common.add_common_arguments(parser)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes of the model and of its batch."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--layers", type=int, default=4 if on_gpu else 2)
     parser.add_argument("--hidden", type=int, default=4096 if on_gpu else 256)
@@ -123,7 +119,24 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=32000 if on_gpu else 2048)
     parser.add_argument("--sequence", type=int, default=4096 if on_gpu else 256)
     parser.add_argument("--batch", type=int, default=4 if on_gpu else 2)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=on_gpu)
+
+
+def case_of(arguments: argparse.Namespace) -> str:
+    """The sizes as result files name them."""
+    case = f"{arguments.layers} layers H={arguments.hidden} I={arguments.width} "
+    return case + f"batch={arguments.batch} sequence={arguments.sequence}"
+
+
+def main() -> None:
+    """Time the eager pair and the compiled pair, keep the result file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common.add_common_arguments(parser)
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available()
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     stock = stock_model(arguments, device)
@@ -133,8 +146,7 @@ def main() -> None:
         arguments.vocab_size, (arguments.batch, arguments.sequence), device=device
     )
     check_alike([stock, ours], tokens)
-    case = f"{arguments.layers} layers H={arguments.hidden} I={arguments.width} "
-    case += f"batch={arguments.batch} sequence={arguments.sequence}"
+    case = case_of(arguments)
     rows = pair({OURS: ours, PEER: stock}, optimizer, tokens, f"{case} eager", arguments)
     if arguments.compile:
         compiled = {OURS: torch.compile(ours), PEER: torch.compile(stock)}
