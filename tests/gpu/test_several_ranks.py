@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from torch_moe_ep import apply_expert_parallel, init_device_mesh, ops
+from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, ops
 from torch_moe_ep.testing import (
     LoneExperts,
     RankFailure,
@@ -215,6 +215,23 @@ def message_without_the_last_rank() -> str:
     return str(caught.value)
 
 
+def layer_with(config: dict[str, object]) -> dict[str, torch.Tensor]:
+    """Output and gradients of lone experts; ranks hold different numbers of tokens."""
+    rank = enter_rank()
+    mesh = init_device_mesh("cuda", dist.get_world_size())
+    experts = apply_expert_parallel(LoneExperts(8).cuda(), mesh, MoEConfig(**config))
+    tokens = 0 if rank == 1 else 70 + 30 * rank
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(tokens, 16, generator=generator).cuda().requires_grad_()
+    ids, weights = random_routing(tokens, 2, 8, seed=rank)
+    weights = weights.cuda().requires_grad_()
+    y = experts(x, ids.cuda(), weights)
+    (y * torch.randn(y.shape, generator=generator).cuda()).sum().backward()
+    assert x.grad is not None and weights.grad is not None
+    grads = {name: value.cpu() for name, value in full_gradients(experts).items()}
+    return {"y": y.detach().cpu(), "x": x.grad.cpu(), "weights": weights.grad.cpu(), **grads}
+
+
 def train(expert_parallel_degree: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of three SGD steps under FSDP2 and the full gradients of the first."""
     rank = enter_rank()
@@ -299,6 +316,18 @@ def test_ranks_layer_waits_once_on_the_host_in_forward_and_never_in_backward(
     gpu_ranks: Callable[[int], RankPool],
 ) -> None:
     assert gpu_ranks(2).run(host_waits_of_a_layer, timeout_s=TIMEOUT_S) == [(1, 0), (1, 0)]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_all_gather_dispatcher_equals_all_to_all(
+    gpu_ranks: Callable[[int], RankPool], world_size: int
+) -> None:
+    """A sum of two has one order: bit-equal."""
+    pool = gpu_ranks(world_size)
+    plain = pool.run(layer_with, {}, timeout_s=TIMEOUT_S)
+    gathered = pool.run(layer_with, {"dispatcher": "all_gather"}, timeout_s=TIMEOUT_S)
+    for ours, expected in zip(gathered, plain, strict=True):
+        assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []
 
 
 def test_ranks_experts_on_another_device_than_fsdp_are_refused(
