@@ -34,9 +34,7 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def trained(
-    device: str, mode: dict[str, object]
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def trained(device: str, mode: dict[str, object]) -> tuple[dict[str, torch.Tensor], RouterLosses]:
     """Loss and gradients of one batch, and the router losses that metrics report."""
     model = tiny_mixtral(router_scale=20.0).to(device)
     apply_expert_parallel(model, init_device_mesh(device, 1), MoEConfig(**mode))
