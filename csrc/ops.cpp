@@ -16,11 +16,13 @@ TORCH_LIBRARY(torch_moe_ep, m) {
   // exp(logits) scaled so that every expert has the same share: fp32 [T, E]; not differentiable.
   m.def("sinkhorn(Tensor logits, int num_iterations) -> Tensor");
 
-  // Where each copy goes: counts meet over the EP group, nothing else travels.
+  // Where each copy goes: counts meet over the EP group, nothing else travels. With x (P > 1) the
+  // send buffer is packed while they do, for dispatch of the same tokens.
   m.def(
       "plan(Tensor expert_ids, int num_experts, int row_alignment, int max_rows, str group_name, "
-      "Tensor(a!) invalid_flag) -> (Tensor slot_of_copy, Tensor slot_of_received, "
-      "Tensor expert_offsets, Tensor counts, Tensor host_counts)");
+      "Tensor(a!) invalid_flag, Tensor? x=None, Tensor? weights=None) -> (Tensor slot_of_copy, "
+      "Tensor slot_of_received, Tensor expert_offsets, Tensor counts, Tensor host_counts, "
+      "Tensor send_rows, Tensor send_weights)");
   // Expert offsets on the CPU, from a plan's counts: [L + 1], or [0] where the host has no counts.
   m.def("plan_host_offsets(Tensor host_counts, int row_alignment, str group_name) -> Tensor");
 
@@ -28,7 +30,8 @@ TORCH_LIBRARY(torch_moe_ep, m) {
   m.def(
       "dispatch(Tensor x, Tensor? weights, Tensor slot_of_copy, Tensor slot_of_received, "
       "Tensor expert_offsets, Tensor counts, Tensor host_counts, int top_k, int row_alignment, "
-      "str group_name) -> (Tensor rows, Tensor row_weights)");
+      "str group_name, Tensor? send_rows=None, Tensor? send_weights=None) "
+      "-> (Tensor rows, Tensor row_weights)");
 
   // y = (row_weight * silu(rows gate^T) * (rows up^T)) down^T, expert by expert; differentiable.
   // With x and the plan's parts (P = 1) backward dispatches x again instead of keeping rows.

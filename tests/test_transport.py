@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, ops
+from torch_moe_ep.memory import checkpoint_contexts
 from torch_moe_ep.testing import LoneExperts, RankFailure, random_routing
 
 TIMEOUT_S = 2
@@ -80,7 +81,8 @@ def message_when_the_partner_dies(dying: int, stage: str, batches_before: int) -
 
 
 @pytest.mark.parametrize(
-    ("stage", "batches_before"), [("plan", 1), ("dispatch", 0), ("expert_mlp", 0), ("combine", 1)]
+    ("stage", "batches_before"),
+    [("plan_and_pack", 1), ("dispatch", 0), ("expert_mlp", 0), ("combine", 1)],
 )
 def test_rank_that_dies_in_a_stage_is_named_by_the_other(ranks, stage, batches_before):
     with pytest.raises(RankFailure, match="rank 1 died with exit code 7") as caught:
@@ -151,3 +153,73 @@ def test_expert_id_out_of_range_on_one_rank_raises_on_all(ranks, dispatcher):
     said = ranks(2).run(message_of_invalid_id, 1, dispatcher, timeout_s=30)
     assert said[0] == said[1]
     assert "expert_ids must be in [0, 8), got 1 others on rank 1 of the expert-parallel" in said[0]
+
+
+def packed_beside_plain(top_k: int, has_weights: bool) -> list[bool]:
+    """`plan_and_pack` and `dispatch` of it against `plan` and `dispatch`: outputs, gradients."""
+    rank, name = dist.get_rank(), dist.group.WORLD.group_name
+    tokens = 0 if rank == 1 else 5 + rank
+    ids, weights = random_routing(tokens, top_k, 8, seed=rank)
+    generator = torch.Generator().manual_seed(rank)
+    leaves = [
+        torch.randn(tokens, 16, generator=generator).requires_grad_(),
+        weights.requires_grad_(),
+    ]
+    found = []
+    for is_packed in (False, True):
+        x, given = leaves[0], leaves[1] if has_weights else None
+        if is_packed:
+            plan, packed = ops.plan_and_pack(x, given, ids, 8, group_name=name)
+        else:
+            plan, packed = ops.plan(ids, 8, group_name=name), None
+        rows, row_weights = ops.dispatch(x, given, plan, packed)
+        wanted = leaves if has_weights else leaves[:1]
+        grads = torch.autograd.grad(rows.square().sum() + row_weights.square().sum(), wanted)
+        found.append([*plan[:5], rows, row_weights, *grads])
+    return [torch.equal(a, b) for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("has_weights", [False, True])
+@pytest.mark.parametrize(("world", "top_k"), [(2, 1), (4, 3)])
+def test_rows_packed_while_counts_travel_are_those_of_dispatch(ranks, world, top_k, has_weights):
+    for same in ranks(world).run(packed_beside_plain, top_k, has_weights):
+        assert all(same) and len(same) == 8 + has_weights
+
+
+def message_of_another_send_buffer() -> list[str]:
+    name = dist.group.WORLD.group_name
+    ids, weights = random_routing(6, 2, 8)
+    x = torch.randn(6, 16)
+    said = []
+    for other in (torch.randn(6, 8), x.bfloat16()):
+        plan, packed = ops.plan_and_pack(other, None, ids, 8, group_name=name)
+        with pytest.raises(ValueError) as caught:
+            ops.dispatch(x, None, plan, packed)
+        said.append(str(caught.value))
+    plan, packed = ops.plan_and_pack(x, None, ids, 8, group_name=name)
+    with pytest.raises(ValueError) as caught:
+        ops.dispatch(x, weights, plan, packed)
+    return [*said, str(caught.value)]
+
+
+def test_send_buffer_of_other_tokens_is_refused(ranks):
+    for said in ranks(2).run(message_of_another_send_buffer):
+        assert "send_rows must be [12, 16] Float from the plan of this x, got [12, 8]" in said[0]
+        assert "got [12, 16] BFloat16" in said[1]
+        assert "send_weights must come from the plan" in said[2]
+
+
+def rows_kept_by_plan(keep: str) -> list[int]:
+    """Elements of the send buffers that a checkpointed layer keeps."""
+    model = apply_expert_parallel(LoneExperts(), init_device_mesh("cpu", 2))
+    forward, _ = checkpoint_contexts(keep)()
+    with forward:
+        model(torch.randn(6, 16, requires_grad=True), *random_routing(6, 2, 8))
+    caching = forward.contexts[0]
+    kept = caching.storage[torch.ops.torch_moe_ep.plan.default]
+    return [outputs[5].val.numel() for outputs in kept]
+
+
+@pytest.mark.parametrize("keep", ["routing", "rows"])
+def test_checkpointing_keeps_the_plan_and_no_send_buffer(ranks, keep):
+    assert ranks(2).run(rows_kept_by_plan, keep) == [[0], [0]]

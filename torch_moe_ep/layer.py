@@ -87,14 +87,20 @@ class ExpertParallelExperts(nn.Module):
     ) -> torch.Tensor:
         config = self.moe_config
         x = hidden_states.reshape(-1, hidden_states.size(-1))
-        plan = ops.plan(
+        if torch.is_autocast_enabled(x.device.type):  # rows travel in the dtype of the experts
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weights = top_k_weights.float()
+        plan, packed = ops.plan_and_pack(
+            x,
+            weights,
             top_k_index,
             self.num_global_experts,
             group_name=self.ep_group_name,
             max_rows=config.max_received_rows,
             invalid_flag=self.invalid_flag,
         )
-        rows, row_weights = ops.dispatch(x, top_k_weights.float(), plan)
+        rows, row_weights = ops.dispatch(x, weights, plan, packed)
+        del packed
         y = ops.expert_mlp(
             rows,
             row_weights,

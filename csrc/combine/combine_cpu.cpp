@@ -88,17 +88,15 @@ std::tuple<at::Tensor, at::Tensor> combine_cpu(
   const ExchangeSizes sizes =
       exchange_sizes(host_counts, comm::group_rank(group_name), row_alignment);
   check_combine(rows, row_weights, slot_of_copy, sizes.num_slots, top_k);
-  const auto exchange = [&](const at::Tensor& tensor) {
-    return comm::all_to_all_rows(tensor, sizes.received_rows, sizes.send_rows, group_name);
-  };
   // Rows go back in the order in which they came, then to the slots that plan gave the copies.
-  const at::Tensor rows_of_copies = exchange(gather_rows(rows, slot_of_received, 1));
-  const auto weights_of_copies =
-      row_weights
-          ? std::optional<at::Tensor>(exchange(row_weights->index_select(0, slot_of_received)))
-          : std::nullopt;
-  return {gather_rows(rows_of_copies, slot_of_copy, top_k),
-          gather_weights(weights_of_copies, slot_of_copy, top_k, rows)};
+  const auto of_copies = comm::all_to_all_rows(
+      {gather_rows(rows, slot_of_received, 1),
+       row_weights ? row_weights->index_select(0, slot_of_received) : at::Tensor()},
+      sizes.received_rows,
+      sizes.send_rows,
+      group_name);
+  return {gather_rows(of_copies[0], slot_of_copy, top_k),
+          gather_weights(given(of_copies[1]), slot_of_copy, top_k, rows)};
 }
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, CPU, m) { m.impl("combine", &combine_cpu); }

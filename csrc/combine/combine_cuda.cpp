@@ -75,16 +75,14 @@ std::tuple<at::Tensor, at::Tensor> combine_cuda(const at::Tensor& rows,
   const ExchangeSizes sizes =
       exchange_sizes(host_counts, comm::group_rank(group_name), row_alignment);
   check_combine(rows, row_weights, slot_of_copy, sizes.num_slots, top_k);
-  const auto exchange = [&](const at::Tensor& tensor) {
-    return comm::all_to_all_rows(tensor, sizes.received_rows, sizes.send_rows, group_name);
-  };
   // Rows go back in the order in which they came, then to the slots that plan gave the copies.
   const Gathered returned = gather_rows(rows, row_weights, slot_of_received, 1);
-  const at::Tensor rows_of_copies = exchange(returned.out);
-  const auto weights_of_copies =
-      row_weights ? std::optional<at::Tensor>(exchange(returned.weights.reshape({-1})))
-                  : std::nullopt;
-  Gathered gathered = gather_rows(rows_of_copies, weights_of_copies, slot_of_copy, top_k);
+  const auto of_copies = comm::all_to_all_rows(
+      {returned.out, row_weights ? returned.weights.reshape({-1}) : at::Tensor()},
+      sizes.received_rows,
+      sizes.send_rows,
+      group_name);
+  Gathered gathered = gather_rows(of_copies[0], given(of_copies[1]), slot_of_copy, top_k);
   return {gathered.out, gathered.weights};
 }
 

@@ -1,6 +1,8 @@
 #include "comm/collective.h"
 
 #include <ATen/Functions.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <c10/util/accumulate.h>
 #include <c10/util/env.h>
@@ -11,7 +13,11 @@
 #include <charconv>
 #include <chrono>
 #include <functional>
+#include <map>
+#include <mutex>
 #include <numeric>
+#include <thread>
+#include <utility>
 
 #include "comm/failure.h"
 
@@ -19,31 +25,40 @@ namespace torch_moe_ep::comm {
 namespace {
 
 using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
-using Work = c10::intrusive_ptr<c10d::Work>;
 
 // NCCL kills the process when a collective outlives its time-out; it keeps its own, longer one, and
-// the wait for the counts (to_host) speaks first. Other backends raise here, within ours.
+// the wait for the counts (CountExchange) speaks first. Other backends raise here, within ours.
 std::chrono::milliseconds collective_timeout(const Group& group, c10::DeviceType device_type) {
   return group->getBackend(device_type)->getBackendName() == "nccl"
              ? c10d::kUnsetTimeout
              : exchange_timeout(*group, device_type);
 }
 
-// Waits as the backend does: on the host for gloo, on the current stream for NCCL.
-void run(const char* operation,
-         const Group& group,
-         c10::DeviceType device_type,
-         const std::function<Work()>& start) {
-  std::string message;
-  try {
-    start()->wait();
-    return;
-  } catch (const c10::Error& error) {
-    message = error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    message = error.what();
+// One for each device, of high priority: rows are waited for by all ranks of the group.
+c10::Stream communication_stream(c10::Device device) {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, c10::Stream> streams;
+  const std::scoped_lock lock(mutex);
+  const auto found = streams.find(device.index());
+  if (found != streams.end()) return found->second;
+  const c10::impl::VirtualGuardImpl devices(device.type());
+  const c10::Stream stream = devices.getStreamFromGlobalPool(device, /*isHighPriority=*/true);
+  streams.emplace(device.index(), stream);
+  return stream;
+}
+
+// Counts are there in microseconds unless a rank is late: then the core is given away.
+bool is_done_within(const c10::Event& event, std::chrono::milliseconds timeout) {
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::milliseconds kSpinning(1);
+  constexpr std::chrono::microseconds kNap(50);
+  const auto start = Clock::now();
+  while (!event.query()) {
+    const auto waited = Clock::now() - start;
+    if (waited > timeout) return false;
+    if (waited > kSpinning) std::this_thread::sleep_for(kNap);
   }
-  raise_failure(operation, *group, device_type, message);
+  return true;
 }
 
 int64_t sum(const std::vector<int64_t>& rows) {
@@ -80,7 +95,67 @@ int64_t group_rank(const std::string& group_name) {
   return c10d::resolve_process_group(group_name)->getRank();
 }
 
-at::Tensor all_gather(const at::Tensor& row, const std::string& group_name) {
+Exchange::Exchange(const char* operation, Group group, at::Tensor input, at::Tensor output)
+    : operation_(operation),
+      group_(std::move(group)),
+      input_(std::move(input)),
+      output_(std::move(output)) {}
+
+void Exchange::raise(const std::string& message) const {
+  raise_failure(operation_, *group_, output_.device().type(), message);
+}
+
+void Exchange::attempt(const std::function<void()>& body) const {
+  std::string message;
+  try {
+    body();
+    return;
+  } catch (const c10::Error& error) {
+    message = error.what_without_backtrace();
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  raise(message);
+}
+
+void Exchange::issue(const std::function<Work()>& start) {
+  const c10::Device device = output_.device();
+  if (device.is_cpu()) {
+    attempt([&] { work_ = start(); });
+    return;
+  }
+  stream_ = communication_stream(device);
+  c10::Event ready(device.type());
+  ready.record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+  ready.block(*stream_);
+  const c10::StreamGuard guard(*stream_);
+  attempt([&] { start()->wait(); });
+  done_.emplace(device.type());
+  done_->record(*stream_);
+}
+
+at::Tensor Exchange::wait() {
+  const c10::Device device = output_.device();
+  if (device.is_cpu()) {
+    attempt([this] { work_->wait(); });
+  } else {
+    done_->block(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+  }
+  input_.reset();
+  return std::move(output_);
+}
+
+Exchange::~Exchange() {
+  if (!output_.defined() || !stream_.has_value()) return;
+  try {
+    input_.record_stream(*stream_);
+    output_.record_stream(*stream_);
+  } catch (const std::exception& error) {
+    TORCH_WARN("torch_moe_ep: ", error.what());
+  }
+}
+
+Exchange start_all_gather(const at::Tensor& row, const std::string& group_name) {
   TORCH_CHECK_VALUE(row.dim() == 1 && row.is_contiguous(),
                     "row must be contiguous and of one dimension, got shape ",
                     row.sizes());
@@ -89,16 +164,19 @@ at::Tensor all_gather(const at::Tensor& row, const std::string& group_name) {
   at::Tensor gathered = at::empty({group->getSize(), row.numel()}, row.options());
   c10d::AllgatherOptions options;
   options.timeout = collective_timeout(group, row.device().type());
-  run("all-gather of numbers", group, row.device().type(), [&] {
-    return group->_allgather_base(gathered, input, options);
-  });
-  return gathered;
+  Exchange exchange("all-gather of numbers", group, input, gathered);
+  exchange.issue([&] { return group->_allgather_base(gathered, input, options); });
+  return exchange;
 }
 
-at::Tensor all_to_all_rows(const at::Tensor& rows,
-                           const std::vector<int64_t>& send_rows,
-                           const std::vector<int64_t>& received_rows,
-                           const std::string& group_name) {
+at::Tensor all_gather(const at::Tensor& row, const std::string& group_name) {
+  return start_all_gather(row, group_name).wait();
+}
+
+Exchange start_all_to_all_rows(const at::Tensor& rows,
+                               const std::vector<int64_t>& send_rows,
+                               const std::vector<int64_t>& received_rows,
+                               const std::string& group_name) {
   TORCH_INTERNAL_ASSERT(rows.is_contiguous() && rows.size(0) == sum(send_rows));
   const Group group = c10d::resolve_process_group(group_name);
   auto sizes = rows.sizes().vec();
@@ -111,10 +189,49 @@ at::Tensor all_to_all_rows(const at::Tensor& rows,
   std::vector<int64_t> input_splits = send_rows;
   c10d::AllToAllOptions options;
   options.timeout = collective_timeout(group, rows.device().type());
-  run("all-to-all of rows", group, rows.device().type(), [&] {
-    return group->alltoall_base(output, input, output_splits, input_splits, options);
-  });
+  Exchange exchange("all-to-all of rows", group, rows, received);
+  exchange.issue(
+      [&] { return group->alltoall_base(output, input, output_splits, input_splits, options); });
+  return exchange;
+}
+
+std::vector<at::Tensor> all_to_all_rows(const std::vector<at::Tensor>& tensors,
+                                        const std::vector<int64_t>& send_rows,
+                                        const std::vector<int64_t>& received_rows,
+                                        const std::string& group_name) {
+  std::vector<std::optional<Exchange>> exchanges(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i].defined()) continue;
+    exchanges[i].emplace(start_all_to_all_rows(tensors[i], send_rows, received_rows, group_name));
+  }
+  std::vector<at::Tensor> received(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (exchanges[i].has_value()) received[i] = exchanges[i]->wait();
+  }
   return received;
+}
+
+CountExchange::CountExchange(const at::Tensor& row, const std::string& group_name)
+    : exchange_(start_all_gather(row, group_name)) {
+  if (!exchange_.stream_.has_value()) return;
+  const at::Tensor& counts = exchange_.output_;
+  const c10::StreamGuard guard(*exchange_.stream_);
+  host_counts_ = at::empty(counts.sizes(), counts.options().device(at::kCPU).pinned_memory(true));
+  host_counts_.copy_(counts, /*non_blocking=*/true);
+  is_on_host_.emplace(counts.device().type());
+  is_on_host_->record(*exchange_.stream_);
+}
+
+CountExchange::Counts CountExchange::wait() {
+  if (is_on_host_.has_value()) {
+    const auto timeout = exchange_timeout(*exchange_.group_, exchange_.output_.device().type());
+    if (!is_done_within(*is_on_host_, timeout)) {
+      exchange_.raise("nothing within " + std::to_string(timeout.count() / 1000.0) + " s");
+    }
+    is_on_host_->synchronize();
+  }
+  const at::Tensor counts = exchange_.wait();
+  return {counts, host_counts_.defined() ? host_counts_ : counts.clone()};
 }
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, CompositeExplicitAutograd, m) {

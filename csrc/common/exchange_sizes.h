@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
+#include <optional>
 #include <vector>
 
 namespace torch_moe_ep {
@@ -51,6 +52,11 @@ inline ExchangeSizes exchange_sizes(const at::Tensor& host_counts,
   sizes.num_sent = sum(sizes.send_rows);
   sizes.num_received = sum(sizes.received_rows);
   return sizes;
+}
+
+// What is absent is an undefined tensor among several that travel.
+inline std::optional<at::Tensor> given(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
 }
 
 }  // namespace torch_moe_ep

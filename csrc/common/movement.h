@@ -29,9 +29,16 @@ struct Plan {
 
 using Moved = std::tuple<at::Tensor, at::Tensor>;  // rows and their weights
 
+// What a plan packed; dispatch packs where there is none.
+struct SendBuffer {
+  std::optional<at::Tensor> rows;
+  std::optional<at::Tensor> weights;
+};
+
 inline Moved call_dispatch(const at::Tensor& x,
                            const std::optional<at::Tensor>& weights,
-                           const Plan& plan) {
+                           const Plan& plan,
+                           const SendBuffer& packed = {}) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torch_moe_ep::dispatch", "")
                              .typed<Moved(const at::Tensor&,
@@ -43,7 +50,9 @@ inline Moved call_dispatch(const at::Tensor& x,
                                           const at::Tensor&,
                                           int64_t,
                                           int64_t,
-                                          const std::string&)>();
+                                          const std::string&,
+                                          const std::optional<at::Tensor>&,
+                                          const std::optional<at::Tensor>&)>();
   return op.call(x,
                  weights,
                  plan.slot_of_copy,
@@ -53,7 +62,9 @@ inline Moved call_dispatch(const at::Tensor& x,
                  plan.host_counts,
                  plan.top_k,
                  plan.row_alignment,
-                 plan.group_name);
+                 plan.group_name,
+                 packed.rows,
+                 packed.weights);
 }
 
 inline Moved call_combine(const at::Tensor& rows,

@@ -10,9 +10,11 @@
 //   expert_offsets [L+1]  first slot of each local expert, all multiples of row_alignment.
 //   counts [P, E]         copies that each rank sends to each expert.
 //   host_counts [P, E]    the same on the CPU; [0, E] where the host need not know (P = 1).
-// All int64. Inside an expert's segment: source rank ascending, then copy ascending.
+//   send_rows [N, H], send_weights [N]  with x and weights and P > 1: the send buffer, packed while
+//                         the counts travel, in the order of slot_of_copy; else [0, 0] and [0].
+// The first five are int64. Inside an expert's segment: source rank ascending, then copy ascending.
 //
-// dispatch(x [T, H], weights [T, K] fp32 or none, plan) ->
+// dispatch(x [T, H], weights [T, K] fp32 or none, plan, send_rows and send_weights or none) ->
 //   rows [R, H]           of x's dtype; padding rows at a segment's end are zeros.
 //   row_weights [R] fp32  0 for padding; [0] without weights.
 // R is expert_offsets[L] for P > 1, and a bound of it (slot_bound) for P = 1: rows from
@@ -30,10 +32,14 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 #include "common/checks.h"
 
 namespace torch_moe_ep {
+
+using PlanTensors =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 inline void check_plan(const at::Tensor& expert_ids,
                        int64_t num_experts,
@@ -52,6 +58,29 @@ inline void check_plan(const at::Tensor& expert_ids,
                     " ",
                     invalid_flag.sizes());
   check_same_device(invalid_flag, "invalid_flag", expert_ids, "expert_ids");
+}
+
+// A send buffer that was packed elsewhere than by the plan of these tokens is refused as far as
+// its shape shows.
+inline void check_packed(const at::Tensor& x,
+                         bool has_weights,
+                         const at::Tensor& slot_of_copy,
+                         const at::Tensor& send_rows,
+                         const std::optional<at::Tensor>& send_weights) {
+  TORCH_CHECK_VALUE(send_rows.dim() == 2 && send_rows.size(0) == slot_of_copy.numel() &&
+                        send_rows.size(1) == x.size(1) && send_rows.dtype() == x.dtype(),
+                    "send_rows must be [",
+                    slot_of_copy.numel(),
+                    ", ",
+                    x.size(1),
+                    "] ",
+                    x.scalar_type(),
+                    " from the plan of this x, got ",
+                    send_rows.sizes(),
+                    " ",
+                    send_rows.scalar_type());
+  TORCH_CHECK_VALUE(!has_weights || (send_weights && send_weights->numel() == slot_of_copy.numel()),
+                    "send_weights must come from the plan with send_rows when weights are given");
 }
 
 inline void check_experts_over_ranks(int64_t num_experts, int64_t num_ranks) {

@@ -18,9 +18,10 @@ class Dispatch : public torch::autograd::Function<Dispatch> {
   static variable_list forward(AutogradContext* ctx,
                                const at::Tensor& x,
                                const std::optional<at::Tensor>& weights,
-                               const Plan& plan) {
+                               const Plan& plan,
+                               const SendBuffer& packed) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [rows, row_weights] = call_dispatch(x, weights, plan);
+    auto [rows, row_weights] = call_dispatch(x, weights, plan, packed);
     save_plan(ctx, plan);
     ctx->saved_data["has_weights"] = weights.has_value();
     return {rows, row_weights};
@@ -32,7 +33,7 @@ class Dispatch : public torch::autograd::Function<Dispatch> {
         call_combine(grads[0],
                      has_weights ? std::optional<at::Tensor>(grads[1]) : std::nullopt,
                      saved_plan(ctx));
-    return {grad_x, has_weights ? grad_weights : at::Tensor(), at::Tensor()};
+    return {grad_x, has_weights ? grad_weights : at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
 
@@ -45,7 +46,9 @@ Moved dispatch_autograd(const at::Tensor& x,
                         const at::Tensor& host_counts,
                         int64_t top_k,
                         int64_t row_alignment,
-                        const std::string& group_name) {
+                        const std::string& group_name,
+                        const std::optional<at::Tensor>& send_rows,
+                        const std::optional<at::Tensor>& send_weights) {
   const Plan plan = {slot_of_copy,
                      slot_of_received,
                      expert_offsets,
@@ -54,7 +57,7 @@ Moved dispatch_autograd(const at::Tensor& x,
                      top_k,
                      row_alignment,
                      group_name};
-  auto outputs = Dispatch::apply(x, weights, plan);
+  auto outputs = Dispatch::apply(x, weights, plan, SendBuffer{send_rows, send_weights});
   return {outputs[0], outputs[1]};
 }
 
@@ -69,7 +72,9 @@ Moved dispatch_autocast(const at::Tensor& x,
                         const at::Tensor& host_counts,
                         int64_t top_k,
                         int64_t row_alignment,
-                        const std::string& group_name) {
+                        const std::string& group_name,
+                        const std::optional<at::Tensor>& send_rows,
+                        const std::optional<at::Tensor>& send_weights) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(kKey);
   const auto dtype = at::autocast::get_autocast_dtype(kDevice);
   const Plan plan = {slot_of_copy,
@@ -80,7 +85,8 @@ Moved dispatch_autocast(const at::Tensor& x,
                      top_k,
                      row_alignment,
                      group_name};
-  return call_dispatch(at::autocast::cached_cast(dtype, x, kDevice), weights, plan);
+  return call_dispatch(
+      at::autocast::cached_cast(dtype, x, kDevice), weights, plan, {send_rows, send_weights});
 }
 
 }  // namespace

@@ -11,45 +11,15 @@
 #include "common/exchange_sizes.h"
 #include "common/segments.h"
 #include "dispatch/dispatch.h"
+#include "dispatch/pack_cpu.h"
 
 namespace torch_moe_ep {
 namespace {
 
 constexpr int64_t kBytesPerTask = 1 << 16;
 
-struct Packed {
-  at::Tensor rows;         // [num_slots, H]
-  at::Tensor row_weights;  // [num_slots] fp32, or [0]
-};
-
-// rows[slot_of_copy[n]] = source[n / copies_per_source], and likewise the weights [n].
-Packed pack_rows(const at::Tensor& source,
-                 const std::optional<at::Tensor>& weights,
-                 const at::Tensor& slot_of_copy,
-                 int64_t copies_per_source,
-                 int64_t num_slots) {
-  const at::Tensor dense = source.contiguous();
-  const at::Tensor dense_weights = weights ? weights->contiguous() : at::Tensor();
-  Packed packed = {at::empty({num_slots, source.size(1)}, source.options()),
-                   at::empty({weights ? num_slots : 0}, source.options().dtype(at::kFloat))};
-  const int64_t row_bytes = source.size(1) * static_cast<int64_t>(source.element_size());
-  const auto* from = static_cast<const char*>(dense.const_data_ptr());
-  auto* to = static_cast<char*>(packed.rows.mutable_data_ptr());
-  const float* weight = weights ? dense_weights.const_data_ptr<float>() : nullptr;
-  float* row_weight = packed.row_weights.mutable_data_ptr<float>();
-  const int64_t* slot = slot_of_copy.const_data_ptr<int64_t>();
-  const int64_t grain = kBytesPerTask / (row_bytes + 1) + 1;
-  at::parallel_for(0, slot_of_copy.numel(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      std::memcpy(to + slot[n] * row_bytes, from + n / copies_per_source * row_bytes, row_bytes);
-      if (weight != nullptr) row_weight[slot[n]] = weight[n];
-    }
-  });
-  return packed;
-}
-
 // Zeros behind each expert's copies, up to the next segment.
-void write_padding(const Packed& packed,
+void write_padding(const PackedRows& packed,
                    const at::Tensor& expert_offsets,
                    const at::Tensor& counts,
                    int64_t first_expert) {
@@ -66,6 +36,31 @@ void write_padding(const Packed& packed,
 
 }  // namespace
 
+PackedRows pack_rows_cpu(const at::Tensor& source,
+                         const std::optional<at::Tensor>& weights,
+                         const at::Tensor& slot_of_copy,
+                         int64_t copies_per_source,
+                         int64_t num_slots) {
+  const at::Tensor dense = source.contiguous();
+  const at::Tensor dense_weights = weights ? weights->contiguous() : at::Tensor();
+  PackedRows packed = {at::empty({num_slots, source.size(1)}, source.options()),
+                       at::empty({weights ? num_slots : 0}, source.options().dtype(at::kFloat))};
+  const int64_t row_bytes = source.size(1) * static_cast<int64_t>(source.element_size());
+  const auto* from = static_cast<const char*>(dense.const_data_ptr());
+  auto* to = static_cast<char*>(packed.rows.mutable_data_ptr());
+  const float* weight = weights ? dense_weights.const_data_ptr<float>() : nullptr;
+  float* row_weight = packed.row_weights.mutable_data_ptr<float>();
+  const int64_t* slot = slot_of_copy.const_data_ptr<int64_t>();
+  const int64_t grain = kBytesPerTask / (row_bytes + 1) + 1;
+  at::parallel_for(0, slot_of_copy.numel(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      std::memcpy(to + slot[n] * row_bytes, from + n / copies_per_source * row_bytes, row_bytes);
+      if (weight != nullptr) row_weight[slot[n]] = weight[n];
+    }
+  });
+  return packed;
+}
+
 std::tuple<at::Tensor, at::Tensor> dispatch_cpu(const at::Tensor& x,
                                                 const std::optional<at::Tensor>& weights,
                                                 const at::Tensor& slot_of_copy,
@@ -75,25 +70,33 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cpu(const at::Tensor& x,
                                                 const at::Tensor& host_counts,
                                                 int64_t top_k,
                                                 int64_t row_alignment,
-                                                const std::string& group_name) {
+                                                const std::string& group_name,
+                                                const std::optional<at::Tensor>& send_rows,
+                                                const std::optional<at::Tensor>& send_weights) {
   check_dispatch(x, weights, slot_of_copy, top_k);
   const int64_t num_local = expert_offsets.numel() - 1;
   if (group_name.empty()) {
     const int64_t num_slots = slot_bound(slot_of_copy.numel(), num_local, row_alignment);
-    const Packed packed = pack_rows(x, weights, slot_of_copy, top_k, num_slots);
+    const PackedRows packed = pack_rows_cpu(x, weights, slot_of_copy, top_k, num_slots);
     write_padding(packed, expert_offsets, counts, 0);
     return {packed.rows, packed.row_weights};
   }
   const int64_t rank = comm::group_rank(group_name);
   const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);
-  const Packed sent = pack_rows(x, weights, slot_of_copy, top_k, sizes.num_sent);
-  const auto exchange = [&](const at::Tensor& rows) {
-    return comm::all_to_all_rows(rows, sizes.send_rows, sizes.received_rows, group_name);
-  };
-  const at::Tensor received = exchange(sent.rows);
-  const auto received_weights =
-      weights ? std::optional<at::Tensor>(exchange(sent.row_weights)) : std::nullopt;
-  const Packed packed = pack_rows(received, received_weights, slot_of_received, 1, sizes.num_slots);
+  PackedRows sent;
+  if (send_rows.has_value()) {
+    check_packed(x, weights.has_value(), slot_of_copy, *send_rows, send_weights);
+    sent = {*send_rows, send_weights.value_or(at::Tensor())};
+  } else {
+    sent = pack_rows_cpu(x, weights, slot_of_copy, top_k, sizes.num_sent);
+  }
+  const auto received =
+      comm::all_to_all_rows({sent.rows, weights ? sent.row_weights : at::Tensor()},
+                            sizes.send_rows,
+                            sizes.received_rows,
+                            group_name);
+  const PackedRows packed =
+      pack_rows_cpu(received[0], given(received[1]), slot_of_received, 1, sizes.num_slots);
   write_padding(packed, expert_offsets, counts, rank * num_local);
   return {packed.rows, packed.row_weights};
 }

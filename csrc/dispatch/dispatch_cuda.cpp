@@ -121,6 +121,27 @@ Packed pack_rows(const Source& source, int64_t num_slots, const Padding* padding
   return packed;
 }
 
+void check_top_k_on_cuda(int64_t top_k) {
+  TORCH_CHECK_VALUE(top_k <= kMaxTopK, "top_k must be at most ", kMaxTopK, " on CUDA, got ", top_k);
+}
+
+Source source_of(const at::Tensor& x,
+                 const std::optional<at::Tensor>& weights,
+                 const at::Tensor& slot_of_copy,
+                 int64_t top_k) {
+  return {x.contiguous(), weights ? weights->contiguous() : at::Tensor(), slot_of_copy, top_k};
+}
+
+// The send buffer, with room for every copy.
+Packed pack_tokens(const at::Tensor& x,
+                   const std::optional<at::Tensor>& weights,
+                   const at::Tensor& slot_of_copy,
+                   int64_t top_k) {
+  check_dispatch(x, weights, slot_of_copy, top_k);
+  check_top_k_on_cuda(top_k);
+  return pack_rows(source_of(x, weights, slot_of_copy, top_k), slot_of_copy.numel(), nullptr);
+}
+
 void check_plan_on_cuda(int64_t num_experts, int64_t row_alignment) {
   TORCH_CHECK_VALUE(num_experts <= kMaxExperts,
                     "num_experts must be at most ",
@@ -139,10 +160,9 @@ void check_plan_on_cuda(int64_t num_experts, int64_t row_alignment) {
 void check_ids_at_once(const at::Tensor& invalid_flag, const std::string& group_name) {
   if (!c10::utils::check_env("TORCH_MOE_EP_CHECK").value_or(false)) return;
   const at::Tensor flag = invalid_flag.reshape({1}).to(at::kLong);
-  const at::Tensor flags =
-      group_name.empty() ? flag.unsqueeze(0) : comm::all_gather(flag, group_name);
-  const at::Tensor host_flags =
-      group_name.empty() ? flags.to(at::kCPU) : comm::to_host(flags, group_name);
+  const at::Tensor host_flags = group_name.empty()
+                                    ? flag.unsqueeze(0).to(at::kCPU)
+                                    : comm::CountExchange(flag, group_name).wait().host_counts;
   const auto rows = host_flags.accessor<int64_t, 2>();
   for (int64_t rank = 0; rank < host_flags.size(0); ++rank) {
     if (rows[rank][0] == 0) continue;
@@ -154,23 +174,22 @@ void check_ids_at_once(const at::Tensor& invalid_flag, const std::string& group_
   }
 }
 
-void check_top_k_on_cuda(int64_t top_k) {
-  TORCH_CHECK_VALUE(top_k <= kMaxTopK, "top_k must be at most ", kMaxTopK, " on CUDA, got ", top_k);
-}
-
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cuda(
-    const at::Tensor& expert_ids,
-    int64_t num_experts,
-    int64_t row_alignment,
-    int64_t max_rows,
-    const std::string& group_name,
-    const at::Tensor& invalid_flag) {
+PlanTensors plan_cuda(const at::Tensor& expert_ids,
+                      int64_t num_experts,
+                      int64_t row_alignment,
+                      int64_t max_rows,
+                      const std::string& group_name,
+                      const at::Tensor& invalid_flag,
+                      const std::optional<at::Tensor>& x,
+                      const std::optional<at::Tensor>& weights) {
   check_plan(expert_ids, num_experts, row_alignment, invalid_flag);
   check_plan_on_cuda(num_experts, row_alignment);
   const c10::cuda::CUDAGuard guard(expert_ids.device());
   const auto host_options = at::TensorOptions().dtype(at::kLong);
+  const auto float_options = expert_ids.options().dtype(at::kFloat);
+  Packed sent = {at::empty({0, 0}, float_options), at::empty({0}, float_options)};
   if (group_name.empty()) {
     const int64_t num_slots = slot_bound(expert_ids.numel(), num_experts, row_alignment);
     check_max_rows(num_slots, max_rows);
@@ -180,7 +199,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cuda
             at::empty({0}, expert_ids.options()),
             places.segment_offsets,
             places.counts.unsqueeze(0),
-            at::empty({0, num_experts}, host_options)};
+            at::empty({0, num_experts}, host_options),
+            sent.rows,
+            sent.row_weights};
   }
   const int64_t num_ranks = comm::group_size(group_name);
   const int64_t rank = comm::group_rank(group_name);
@@ -188,15 +209,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cuda
   // Send order is expert order without padding.
   const Places places = place_copies(expert_ids, num_experts, 1, invalid_flag);
   check_ids_at_once(invalid_flag, group_name);
-  const at::Tensor counts = comm::all_gather(places.counts, group_name);
+  comm::CountExchange exchange(places.counts, group_name);
+  if (x.has_value()) sent = pack_tokens(*x, weights, places.slot_of_copy, expert_ids.size(1));
   // The one host wait of a layer's forward.
-  const at::Tensor host_counts = comm::to_host(counts, group_name);
+  const auto [counts, host_counts] = exchange.wait();
   const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);
   check_max_rows(sizes.largest_num_slots, max_rows);
   const at::Tensor slot_of_received = at::empty({sizes.num_received}, counts.options());
   const at::Tensor expert_offsets = at::empty({num_experts / num_ranks + 1}, counts.options());
   place_received(counts, rank, row_alignment, slot_of_received, expert_offsets);
-  return {places.slot_of_copy, slot_of_received, expert_offsets, counts, host_counts};
+  return {places.slot_of_copy,
+          slot_of_received,
+          expert_offsets,
+          counts,
+          host_counts,
+          sent.rows,
+          sent.row_weights};
 }
 
 std::tuple<at::Tensor, at::Tensor> dispatch_cuda(const at::Tensor& x,
@@ -208,13 +236,14 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cuda(const at::Tensor& x,
                                                  const at::Tensor& host_counts,
                                                  int64_t top_k,
                                                  int64_t row_alignment,
-                                                 const std::string& group_name) {
+                                                 const std::string& group_name,
+                                                 const std::optional<at::Tensor>& send_rows,
+                                                 const std::optional<at::Tensor>& send_weights) {
   check_dispatch(x, weights, slot_of_copy, top_k);
   check_top_k_on_cuda(top_k);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Source tokens = {
-      x.contiguous(), weights ? weights->contiguous() : at::Tensor(), slot_of_copy, top_k};
   if (group_name.empty()) {
+    const Source tokens = source_of(x, weights, slot_of_copy, top_k);
     const Padding padding = {expert_offsets, counts, 0, row_alignment};
     const int64_t num_slots =
         slot_bound(slot_of_copy.numel(), expert_offsets.numel() - 1, row_alignment);
@@ -223,13 +252,21 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cuda(const at::Tensor& x,
   }
   const int64_t rank = comm::group_rank(group_name);
   const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);
-  const Packed sent = pack_rows(tokens, sizes.num_sent, nullptr);
-  const auto exchange = [&](const at::Tensor& rows) {
-    return comm::all_to_all_rows(rows, sizes.send_rows, sizes.received_rows, group_name);
-  };
-  const at::Tensor received = exchange(sent.rows);
-  const Source arrived = {
-      received, weights ? exchange(sent.row_weights) : at::Tensor(), slot_of_received, 1};
+  Packed sent;
+  if (send_rows.has_value()) {
+    check_packed(x, weights.has_value(), slot_of_copy, *send_rows, send_weights);
+    sent = {*send_rows, send_weights.value_or(at::Tensor())};
+  } else {
+    sent = pack_tokens(x, weights, slot_of_copy, top_k);
+  }
+  // Copies of invalid ids, which are not sent, leave the end of the buffer free.
+  const auto received = comm::all_to_all_rows(
+      {sent.rows.narrow(0, 0, sizes.num_sent),
+       weights ? sent.row_weights.narrow(0, 0, sizes.num_sent) : at::Tensor()},
+      sizes.send_rows,
+      sizes.received_rows,
+      group_name);
+  const Source arrived = {received[0], received[1], slot_of_received, 1};
   const Padding padding = {expert_offsets, counts, rank, row_alignment};
   Packed packed = pack_rows(arrived, sizes.num_slots, &padding);
   return {packed.rows, packed.row_weights};

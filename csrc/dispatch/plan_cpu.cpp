@@ -1,14 +1,15 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "comm/collective.h"
 #include "common/exchange_sizes.h"
 #include "common/segments.h"
 #include "dispatch/dispatch.h"
+#include "dispatch/pack_cpu.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -90,19 +91,30 @@ at::Tensor place_received(const at::Tensor& counts, int64_t rank, std::vector<in
   return slot_of_received;
 }
 
+PackedRows pack_tokens(const at::Tensor& x,
+                       const std::optional<at::Tensor>& weights,
+                       const at::Tensor& slot_of_copy,
+                       int64_t top_k) {
+  check_dispatch(x, weights, slot_of_copy, top_k);
+  return pack_rows_cpu(x, weights, slot_of_copy, top_k, slot_of_copy.numel());
+}
+
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cpu(
-    const at::Tensor& expert_ids,
-    int64_t num_experts,
-    int64_t row_alignment,
-    int64_t max_rows,
-    const std::string& group_name,
-    const at::Tensor& invalid_flag) {
+PlanTensors plan_cpu(const at::Tensor& expert_ids,
+                     int64_t num_experts,
+                     int64_t row_alignment,
+                     int64_t max_rows,
+                     const std::string& group_name,
+                     const at::Tensor& invalid_flag,
+                     const std::optional<at::Tensor>& x,
+                     const std::optional<at::Tensor>& weights) {
   check_plan(expert_ids, num_experts, row_alignment, invalid_flag);
   const at::Tensor ids = expert_ids.contiguous();
   const at::Tensor own_counts = count_copies(ids, num_experts);
   const int64_t* lengths = own_counts.const_data_ptr<int64_t>();
+  const auto float_options = ids.options().dtype(at::kFloat);
+  PackedRows sent = {at::empty({0, 0}, float_options), at::empty({0}, float_options)};
   if (group_name.empty()) {
     check_ids(own_counts.unsqueeze(0), num_experts);
     check_max_rows(slot_bound(ids.numel(), num_experts, row_alignment), max_rows);
@@ -111,22 +123,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> plan_cpu(
             at::empty({0}, ids.options()),
             to_tensor(offsets),
             own_counts.narrow(0, 0, num_experts).clone().unsqueeze(0),
-            at::empty({0, num_experts}, ids.options())};
+            at::empty({0, num_experts}, ids.options()),
+            sent.rows,
+            sent.row_weights};
   }
   check_experts_over_ranks(num_experts, comm::group_size(group_name));
-  const at::Tensor gathered = comm::all_gather(own_counts, group_name);
+  comm::CountExchange exchange(own_counts, group_name);
+  at::Tensor slot_of_copy;
+  if (lengths[num_experts] == 0) {  // else every rank raises below
+    // Send order is expert order without padding.
+    slot_of_copy = place_copies(ids, offsets_of(lengths, num_experts, 1));
+    if (x.has_value()) sent = pack_tokens(*x, weights, slot_of_copy, ids.size(1));
+  }
+  const at::Tensor gathered = exchange.wait().counts;
   check_ids(gathered, num_experts);
   const at::Tensor counts = gathered.narrow(1, 0, num_experts).contiguous();
   const int64_t rank = comm::group_rank(group_name);
   check_max_rows(exchange_sizes(counts, rank, row_alignment).largest_num_slots, max_rows);
-  // Send order is expert order without padding.
-  const at::Tensor slot_of_copy = place_copies(ids, offsets_of(lengths, num_experts, 1));
   const auto offsets = local_offsets(counts, rank, row_alignment);
   return {slot_of_copy,
           place_received(counts, rank, offsets),
           to_tensor(offsets),
           counts,
-          counts.clone()};
+          counts.clone(),
+          sent.rows,
+          sent.row_weights};
 }
 
 at::Tensor plan_host_offsets(const at::Tensor& host_counts,

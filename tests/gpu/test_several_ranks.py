@@ -341,5 +341,5 @@ def test_ranks_partner_that_stays_away_is_named_before_nccl_gives_up() -> None:
     with RankPool(2, backend="nccl") as pool, pytest.raises(RankFailure) as caught:
         pool.run(message_without_the_last_rank, timeout_s=TIMEOUT_S, grace_s=10.0)
     said = caught.value.results[0]
-    assert "the exchange of counts failed on global rank 0" in said
+    assert "the all-gather of numbers failed on global rank 0" in said
     assert "global ranks that did not take part: 1 " in said

@@ -21,6 +21,7 @@ KEPT = {
     "routing": ("route", "sinkhorn", "plan"),
     "rows": ("route", "sinkhorn", "plan", "dispatch", "combine"),
 }
+NUM_PLAN_ARGUMENTS = 6  # those before x, for which plan packs rows
 
 
 def checkpoint_contexts(keep: str = "routing") -> Callable[[], Contexts]:
@@ -84,6 +85,13 @@ class _Both(AbstractContextManager[None]):
         return self.stack.__exit__(kind, error, trace)
 
 
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call an operator; plan without x, so that what is kept of it holds no rows to send."""
+    if func is torch.ops.torch_moe_ep.plan.default:
+        args = args[:NUM_PLAN_ARGUMENTS]
+    return func(*args, **(kwargs or {}))
+
+
 class _NoteTopK(TorchDispatchMode):
     """Keeps copies of what top-k found.
 
@@ -95,7 +103,7 @@ class _NoteTopK(TorchDispatchMode):
         self.found = found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _call(func, args, kwargs)
         if func is torch.ops.aten.topk.default:
             self.found.append(tuple(part.clone() for part in out))
         return out
@@ -111,4 +119,4 @@ class _GiveTopK(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.topk.default and self.found:
             return self.found.pop(0)
-        return func(*args, **(kwargs or {}))
+        return _call(func, args, kwargs)

@@ -15,8 +15,18 @@ from torch_moe_ep import _library  # noqa: F401  registers the operators
 from torch_moe_ep.ops.combine import combine
 from torch_moe_ep.ops.dispatch import dispatch
 from torch_moe_ep.ops.expert_mlp import expert_mlp
-from torch_moe_ep.ops.plan import DispatchPlan, plan
+from torch_moe_ep.ops.plan import DispatchPlan, SendBuffer, plan, plan_and_pack
 from torch_moe_ep.ops.route import route
 from torch_moe_ep.ops.sinkhorn import sinkhorn
 
-__all__ = ["DispatchPlan", "combine", "dispatch", "expert_mlp", "plan", "route", "sinkhorn"]
+__all__ = [
+    "DispatchPlan",
+    "SendBuffer",
+    "combine",
+    "dispatch",
+    "expert_mlp",
+    "plan",
+    "plan_and_pack",
+    "route",
+    "sinkhorn",
+]

@@ -2,11 +2,14 @@
 
 import torch
 
-from torch_moe_ep.ops.plan import DispatchPlan, num_slots_fake
+from torch_moe_ep.ops.plan import DispatchPlan, SendBuffer, num_slots_fake
 
 
 def dispatch(
-    x: torch.Tensor, weights: torch.Tensor | None, plan: DispatchPlan
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    plan: DispatchPlan,
+    packed: SendBuffer | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Move each token to its K experts, and its router weights with it.
 
@@ -14,6 +17,7 @@ def dispatch(
         x: hidden states ``[T, H]``, float32, bfloat16 or float16, any strides.
         weights: router weights fp32 ``[T, K]``, any strides, or None.
         plan: the plan of these tokens; K is at most 32 on CUDA.
+        packed: the send buffer of `plan_and_pack` for these tokens; None or empty: packed here.
 
     Returns:
         rows ``[R, H]`` of x's dtype in expert order, and row_weights fp32 ``[R]`` (``[0]`` without
@@ -28,7 +32,10 @@ def dispatch(
     well; gloo waits for it on the host, NCCL does not. Deterministic. Differentiable in `x` and
     `weights`; its backward is `combine`. Under autocast rows travel in the autocast dtype.
     """
-    result: tuple[torch.Tensor, torch.Tensor] = torch.ops.torch_moe_ep.dispatch(x, weights, *plan)
+    buffer = (None, None) if packed is None or packed.rows.size(0) == 0 else packed
+    result: tuple[torch.Tensor, torch.Tensor] = torch.ops.torch_moe_ep.dispatch(
+        x, weights, *plan, *buffer
+    )
     return result
 
 
@@ -44,6 +51,8 @@ def _dispatch_fake(
     top_k: int,
     row_alignment: int,
     group_name: str,
+    send_rows: torch.Tensor | None = None,
+    send_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_slots = num_slots_fake(counts, slot_of_copy.numel(), row_alignment, group_name)
     num_weights = 0 if weights is None else num_slots

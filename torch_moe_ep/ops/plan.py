@@ -4,7 +4,15 @@ from typing import NamedTuple, cast
 
 import torch
 
-_PlanTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_PlanTensors = tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]
 
 CUDA_ROW_ALIGNMENT = 128  # rows of a tile of the hand-written expert GEMMs
 
@@ -50,6 +58,18 @@ class DispatchPlan(NamedTuple):
         return offsets
 
 
+class SendBuffer(NamedTuple):
+    """What `plan_and_pack` packed for `dispatch` of the same tokens; read once.
+
+    Attributes:
+        rows: ``[N, H]``, copies in the order in which they are sent; ``[0, 0]`` for P = 1.
+        weights: fp32 ``[N]``, their router weights; ``[0]`` for P = 1.
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+
+
 def plan(
     expert_ids: torch.Tensor,
     num_experts: int,
@@ -82,14 +102,71 @@ def plan(
     P > 1: collective over the group (one all-gather of E numbers), one host sync on CUDA. P = 1: no
     collective, no host sync. Deterministic; not differentiable.
     """
+    return _plan(
+        expert_ids, num_experts, group_name, row_alignment, max_rows, invalid_flag, None, None
+    )[0]
+
+
+def plan_and_pack(
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    expert_ids: torch.Tensor,
+    num_experts: int,
+    *,
+    group_name: str = "",
+    row_alignment: int | None = None,
+    max_rows: int = 0,
+    invalid_flag: torch.Tensor | None = None,
+) -> tuple[DispatchPlan, SendBuffer]:
+    """`plan`, and while its counts travel pack the rows that `dispatch` will send.
+
+    Args:
+        x: hidden states ``[T, H]`` as `dispatch` gets them; under autocast already in its dtype.
+        weights: router weights fp32 ``[T, K]`` as `dispatch` gets them, or None.
+        expert_ids: as for `plan`, and so the others.
+        num_experts: E.
+        group_name: name of the EP process group; "" for P = 1.
+        row_alignment: rows that a segment is padded to a multiple of.
+        max_rows: slots that any rank may need, 0 for no bound.
+        invalid_flag: int32 ``[1]``, set where an id is out of range (CUDA).
+
+    Returns:
+        The plan, and the send buffer; an empty one for P = 1.
+
+    Errors, collectives and host syncs are those of `plan`, and what `dispatch` says of x.
+    """
+    given = None if weights is None else weights.detach()
+    return _plan(
+        expert_ids,
+        num_experts,
+        group_name,
+        row_alignment,
+        max_rows,
+        invalid_flag,
+        x.detach(),
+        given,
+    )
+
+
+def _plan(
+    expert_ids: torch.Tensor,
+    num_experts: int,
+    group_name: str,
+    row_alignment: int | None,
+    max_rows: int,
+    invalid_flag: torch.Tensor | None,
+    x: torch.Tensor | None,
+    weights: torch.Tensor | None,
+) -> tuple[DispatchPlan, SendBuffer]:
     if row_alignment is None:
         row_alignment = 1 if expert_ids.device.type == "cpu" else CUDA_ROW_ALIGNMENT
     if invalid_flag is None:
         invalid_flag = torch.zeros(1, dtype=torch.int32, device=expert_ids.device)
     tensors: _PlanTensors = torch.ops.torch_moe_ep.plan(
-        expert_ids, num_experts, row_alignment, max_rows, group_name, invalid_flag
+        expert_ids, num_experts, row_alignment, max_rows, group_name, invalid_flag, x, weights
     )
-    return DispatchPlan(*tensors, expert_ids.size(1), row_alignment, group_name)
+    found = DispatchPlan(*tensors[:5], expert_ids.size(1), row_alignment, group_name)
+    return found, SendBuffer(*tensors[5:])
 
 
 @torch.library.register_fake("torch_moe_ep::plan")
@@ -100,16 +177,25 @@ def _plan_fake(
     max_rows: int,
     group_name: str,
     invalid_flag: torch.Tensor,
+    x: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> _PlanTensors:
     num_ranks = _group_size(group_name)
     num_received = 0 if not group_name else torch.library.get_ctx().new_dynamic_size()
     num_host_rows = num_ranks if group_name else 0
+    num_packed = expert_ids.numel() if group_name and x is not None else 0
+    like = expert_ids if x is None else x
     return (
         expert_ids.new_empty(expert_ids.numel()),
         expert_ids.new_empty(num_received),
         expert_ids.new_empty(num_experts // num_ranks + 1),
         expert_ids.new_empty((num_ranks, num_experts)),
         expert_ids.new_empty((num_host_rows, num_experts), device="cpu"),
+        like.new_empty(
+            (num_packed, like.size(1) if num_packed else 0),
+            dtype=like.dtype if num_packed else torch.float32,
+        ),
+        like.new_empty(0 if weights is None else num_packed, dtype=torch.float32),
     )
 
 
