@@ -8,12 +8,14 @@ import torch
 from torch_moe_ep import _library  # noqa: F401  (loads the operators)
 from torch_moe_ep._build_info import library_path, read_build_info
 
-# Block M, block N, ping-pong, cluster M, cluster N.
-LARGE_PAIR = [256, 192, 0, 1, 2]
-WIDE_PAIR = [128, 256, 0, 2, 1]
-WIDE_SINGLE = [128, 256, 0, 1, 1]
-PING_PONG_PAIR = [128, 192, 1, 2, 1]
-PING_PONG_SINGLE = [128, 192, 1, 1, 1]
+# Block M, block N, ping-pong, cluster M, cluster N, B kept.
+LARGE_PAIR = [256, 192, 0, 1, 2, 0]
+WIDE_PAIR = [128, 256, 0, 2, 1, 0]
+WIDE_SINGLE = [128, 256, 0, 1, 1, 0]
+PING_PONG_PAIR = [128, 192, 1, 2, 1, 0]
+PING_PONG_SINGLE = [128, 192, 1, 1, 1, 0]
+NARROW_PAIR = [128, 128, 1, 2, 1, 0]
+FEW_ROWS_PAIR = [128, 192, 1, 1, 2, 1]
 
 # Layout, experts, rows, N, K (TN: M), SwiGLU; H = 4096 and I = 14336 or 1024.
 CASES = {
@@ -28,9 +30,22 @@ CASES = {
     "dX of narrow experts: short K": (("NN", 128, 278528, 4096, 2048, False), PING_PONG_PAIR),
     "dA of narrow experts: 12 % waste": (("NN", 128, 278528, 1024, 4096, False), WIDE_PAIR),
     "dA of Mixtral": (("NN", 8, 33792, 14336, 4096, False), PING_PONG_PAIR),
+    "dA of 256 rows an expert: fewer rounds": (("NN", 8, 3064, 14336, 4096, False), WIDE_PAIR),
     "dX of Mixtral": (("NN", 8, 33792, 4096, 28672, False), WIDE_PAIR),
     "weight gradient": (("TN", 8, 33792, 4096, 28672, False), PING_PONG_PAIR),
-    "weight gradient of few rows": (("TN", 8, 1024, 4096, 28672, False), PING_PONG_PAIR),
+    "weight gradient of 1024 rows an expert": (
+        ("TN", 8, 9208, 4096, 28672, False),
+        PING_PONG_PAIR,
+    ),
+    "weight gradient of 256 rows an expert": (("TN", 8, 3064, 4096, 28672, False), FEW_ROWS_PAIR),
+    "weight gradient of narrow experts: 12 % waste": (
+        ("TN", 128, 278528, 1024, 4096, False),
+        NARROW_PAIR,
+    ),
+    "weight gradient of narrow experts: 3 % waste": (
+        ("TN", 128, 278528, 4096, 2048, False),
+        PING_PONG_PAIR,
+    ),
     "no rows": (("NT", 8, 0, 4096, 14336, False), WIDE_SINGLE),
 }
 

@@ -86,7 +86,8 @@ std::vector<int64_t> grouped_gemm_tile(const std::string& layout,
           tile.block_n,
           static_cast<int64_t>(tile.is_ping_pong),
           tile.cluster_m,
-          tile.cluster_n};
+          tile.cluster_n,
+          static_cast<int64_t>(tile.keeps_b)};
 }
 
 }  // namespace

@@ -6,6 +6,12 @@
 // group_m along M, M fastest, so that concurrent tiles share their operands in L2.
 // Worked example, one expert, 3 x 2 super tiles, group_m = 2:  (m, n) = (0,0) (1,0) (0,1) (1,1)
 // (2,0) (2,1). Cluster c takes numbers c, c + num_clusters, ...
+//
+// Runs (kRunRows > 0): an expert of at most kRunRows rows is walked column by column instead, each
+// cluster taking one run of consecutive numbers, so that it stays at the same n for long. How many
+// tiles of an expert a cluster takes is the same either way.
+// Worked example, 3 x 2 super tiles, 2 clusters: the first takes (0,0) (1,0) (2,0), the second
+// (0,1) (1,1) (2,1).
 #pragma once
 
 #include <cstdint>
@@ -19,6 +25,7 @@ namespace torch_moe_ep {
 struct ExpertTable {
   int tile_offsets[kMaxLocalExperts + 1];  // super tiles before expert l
   int row_blocks[kMaxLocalExperts + 1];    // expert_offsets / kRowAlignment
+  uint32_t reciprocals[kMaxGroupM + 1];    // [d]: the least integer above 2^32 / d, for d >= 2
 };
 
 struct Tile {
@@ -33,6 +40,8 @@ struct Tile {
 // experts.
 __device__ inline void fill_expert_table(ExpertTable& table, const TileSpace& space, int super_m) {
   const int lane = threadIdx.x % 32;
+  static_assert(kMaxGroupM < 32, "one lane for each divisor");
+  if (lane >= 2 && lane <= kMaxGroupM) table.reciprocals[lane] = 0xffffffffu / lane + 1;
   int carry = 0;
   for (int first = 0; first < space.num_experts; first += 32) {
     const int expert = first + lane;
@@ -60,7 +69,8 @@ __device__ inline void fill_expert_table(ExpertTable& table, const TileSpace& sp
   }
 }
 
-template <int kBlockM, int kBlockN, int kClusterM, int kClusterN>
+// kRunRows > 0 asks for space.fixed_tiles_m > 0.
+template <int kBlockM, int kBlockN, int kClusterM, int kClusterN, int kRunRows = 0>
 class TileScheduler {
  public:
   static constexpr int kSuperM = kBlockM * kClusterM;
@@ -69,36 +79,93 @@ class TileScheduler {
       : table_(table),
         space_(space),
         cta_rank_(cta_rank),
-        number_(blockIdx.x / (kClusterM * kClusterN)) {}
+        stride_(static_cast<int>(gridDim.x) / (kClusterM * kClusterN)),
+        number_(static_cast<int>(blockIdx.x) / (kClusterM * kClusterN) - stride_) {}
 
-  __device__ __forceinline__ bool next(Tile& tile) {
-    if (number_ >= table_.tile_offsets[space_.num_experts]) return false;
-    while (number_ >= table_.tile_offsets[expert_ + 1]) ++expert_;
-    const int row_blocks = table_.row_blocks[expert_ + 1] - table_.row_blocks[expert_];
-    tile.expert = expert_;
-    tile.row_begin = table_.row_blocks[expert_] * kRowAlignment;
-    tile.num_rows = row_blocks * kRowAlignment;
+  // Goes on to the cluster's next tile; false after the last one. Cheap, so that who skips a tile
+  // need not know where it lies.
+  __device__ __forceinline__ bool advance() {
+    number_ += stride_;
+    minor_ += is_run() ? 1 : stride_;
+    if (number_ >= end_) enter_expert();
+    if (expert_ >= space_.num_experts) return false;
+    while (minor_ >= minor_size_) {
+      minor_ -= minor_size_;
+      major_ += is_run() ? 1 : space_.group_m;
+    }
+    return true;
+  }
+
+  // Rows of the tile's expert, padding included.
+  __device__ __forceinline__ int num_rows() const { return num_rows_; }
+
+  // Where the tile lies. Asks for advance() before.
+  __device__ __forceinline__ Tile tile() const {
+    if (is_run()) return tile_at(minor_, major_);
     const int tiles_m =
-        space_.fixed_tiles_m > 0 ? space_.fixed_tiles_m : (tile.num_rows + kSuperM - 1) / kSuperM;
-    const int local = number_ - table_.tile_offsets[expert_];
-    const int group_tiles = space_.group_m * space_.tiles_n;
-    const int first_m = local / group_tiles * space_.group_m;
-    const int group_m = min(space_.group_m, tiles_m - first_m);
-    const int in_group = local % group_tiles;
-    const int super_m = first_m + in_group % group_m;
-    const int super_n = in_group / group_m;
-    tile.m = (super_m * kClusterM + cta_rank_ / kClusterN) * kBlockM;
-    tile.n = (super_n * kClusterN + cta_rank_ % kClusterN) * kBlockN;
-    number_ += gridDim.x / (kClusterM * kClusterN);
+        space_.fixed_tiles_m > 0 ? space_.fixed_tiles_m : (num_rows_ + kSuperM - 1) / kSuperM;
+    const int group_m = min(space_.group_m, tiles_m - major_);
+    // A division by multiplication: exact as minor_ < group_m * tiles_n < 2^32 / group_m.
+    const int super_n = group_m == 1 ? minor_ : __umulhi(minor_, table_.reciprocals[group_m]);
+    return tile_at(major_ + minor_ - super_n * group_m, super_n);
+  }
+
+  __device__ __forceinline__ bool next(Tile& result) {
+    if (!advance()) return false;
+    result = tile();
     return true;
   }
 
  private:
+  __device__ __forceinline__ bool is_run() const { return kRunRows > 0 && is_run_; }
+
+  __device__ __forceinline__ void enter_expert() {
+    while (expert_ < space_.num_experts && number_ >= table_.tile_offsets[expert_ + 1]) ++expert_;
+    if (expert_ >= space_.num_experts) return;
+    const int begin = table_.tile_offsets[expert_];
+    end_ = table_.tile_offsets[expert_ + 1];
+    row_begin_ = table_.row_blocks[expert_] * kRowAlignment;
+    num_rows_ = table_.row_blocks[expert_ + 1] * kRowAlignment - row_begin_;
+    major_ = 0;
+    minor_ = number_ - begin;
+    minor_size_ = space_.group_m * space_.tiles_n;
+    if constexpr (kRunRows > 0) {
+      is_run_ = num_rows_ > 0 && num_rows_ <= kRunRows;
+      if (is_run_) {
+        // The cluster that comes i-th in this expert takes the i-th run; the first ones take one
+        // tile more where the runs are not of one length.
+        const int tiles = end_ - begin;
+        minor_ = minor_ * (tiles / stride_) + min(minor_, tiles % stride_);
+        minor_size_ = space_.fixed_tiles_m;
+      }
+    }
+  }
+
+  __device__ __forceinline__ Tile tile_at(int super_m, int super_n) const {
+    Tile result;
+    result.expert = expert_;
+    result.m = (super_m * kClusterM + cta_rank_ / kClusterN) * kBlockM;
+    result.n = (super_n * kClusterN + cta_rank_ % kClusterN) * kBlockN;
+    result.row_begin = row_begin_;
+    result.num_rows = num_rows_;
+    return result;
+  }
+
   const ExpertTable& table_;
   const TileSpace& space_;
   int cta_rank_;
+  int stride_;  // clusters
   int number_;
+  // Of the current expert, in registers: shared memory is read once an expert.
   int expert_ = 0;
+  int end_ = 0;  // the first number past it
+  int row_begin_ = 0;
+  int num_rows_ = 0;
+  bool is_run_ = false;
+  // The place in it. Groups: number in the group, the group's first super tile along M. Runs: m, n.
+  int minor_ = 0;
+  int major_ = 0;
+  int minor_size_ = 1;
 };
 
 }  // namespace torch_moe_ep

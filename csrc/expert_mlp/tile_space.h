@@ -6,12 +6,14 @@
 
 namespace torch_moe_ep {
 
+inline constexpr int kMaxGroupM = 16;
+
 struct TileSpace {
   const int64_t* expert_offsets;
   int num_experts;
   int fixed_tiles_m;  // super tiles along M of every expert (TN); 0: from the rows of the expert
   int tiles_n;        // super tiles along N
-  int group_m;        // super tiles along M that are walked together
+  int group_m;        // super tiles along M that are walked together, at most kMaxGroupM
 };
 
 }  // namespace torch_moe_ep

@@ -1,5 +1,7 @@
 #include "expert_mlp/sm90/choose_tile.h"
 
+#include <algorithm>
+
 namespace torch_moe_ep::sm90 {
 namespace {
 
@@ -8,39 +10,68 @@ namespace {
 constexpr TileConfig kLargePair = {256, 192, false, 1, 2};
 constexpr TileConfig kWidePair = {128, 256, false, 2, 1};
 constexpr TileConfig kPingPongPair = {128, 192, true, 2, 1};
+constexpr TileConfig kNarrowPair = {128, 128, true, 2, 1};
+constexpr TileConfig kFewRowsPair = {128, 192, true, 1, 2, true};
 constexpr TileConfig kWideSingle = {128, 256, false, 1, 1};
 constexpr TileConfig kPingPongSingle = {128, 192, true, 1, 1};
 
-// Below this many rows an expert (padding counted, about 128 for each) the two row tiles of a pair
-// would often be one real and one empty.
+// Rows of an expert are a mean of the bound on all rows, which counts up to 128 of padding for
+// each. Below this many the two row tiles of a pair would often be one real and one empty.
 constexpr int64_t kPairRows = 320;
 // From here on an expert has enough 256-row tiles for its half-empty last one not to count.
 constexpr int64_t kManyRows = 2048;
+// Up to here most experts have 128 or 256 rows, of which a panel of B fits the stages: 3 to 5 % of
+// a weight gradient on an H200.
+constexpr int64_t kFewRows = 448;
 // A 256 x 192 tile stores longest and needs a main loop as long (0.87 of ping-pong at K = 1024).
 constexpr int64_t kLongK = 4096;
 // While both groups of a tile store, nothing multiplies: as much time as this many columns of K
-// (measured on an H200: 128 x 256 tiles reach 0.85 of ping-pong at K = 1024, 0.90 at 2048).
-constexpr int64_t kEpilogueK = 300;
+// (measured on an H200: 128 x 256 tiles reach 0.91 of ping-pong at K = 1024, 0.98 at 2048).
+constexpr int64_t kEpilogueK = 200;
+// Clusters of two on the 132 multiprocessors of an H100 or H200.
+constexpr int64_t kClusters = 66;
+// After this many rounds the clusters that idle in the last one cost nothing: what limits the
+// others by then is power.
+constexpr int64_t kManyRounds = 16;
+// 128-wide tiles read more of L2: worth it where 192-wide ones waste more than this, in percent.
+constexpr int64_t kNarrowPercent = 6;
 
-int64_t padded(int64_t columns, int64_t block) { return (columns + block - 1) / block * block; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// 256-wide tiles may waste fewer columns than 192-wide ones (4096 columns: 0 against 3 %) but do
-// not hide their epilogue; the longer K, the less that costs.
-bool is_wide_better(const GroupedGemmShape& shape) {
+// Columns that all clusters compute together with pairs of 128-row tiles of this width, the columns
+// past the edge and, of few rounds, the clusters that idle in the last one counted.
+int64_t computed_columns(const GroupedGemmShape& shape, int64_t rows_per_expert, int64_t width) {
+  const int64_t row_tiles = std::max<int64_t>(1, ceil_div(rows_per_expert - kRowAlignment, 256));
+  const int64_t tiles = shape.num_experts * row_tiles * ceil_div(shape.columns, width);
+  const int64_t rounds = ceil_div(tiles, kClusters);
+  return (rounds < kManyRounds ? rounds * kClusters : tiles) * width;
+}
+
+// 256-wide tiles may waste less (4096 columns: 0 against 3 %) but do not hide their epilogue; the
+// longer K, the less that costs.
+bool is_wide_better(const GroupedGemmShape& shape, int64_t rows_per_expert) {
   const int64_t k = shape.a_columns;
-  return padded(shape.columns, 256) * (k + kEpilogueK) < padded(shape.columns, 192) * k;
+  return computed_columns(shape, rows_per_expert, 256) * (k + kEpilogueK) <
+         computed_columns(shape, rows_per_expert, 192) * k;
+}
+
+// Ping-pong: the epilogue, long beside few rows' main loop, runs under the other group's.
+TileConfig choose_weight_gradient_tile(const GroupedGemmShape& shape, int64_t rows_per_expert) {
+  if (rows_per_expert <= kFewRows) return kFewRowsPair;
+  const int64_t narrow = ceil_div(shape.columns, 128) * 128;
+  const int64_t usual = ceil_div(shape.columns, 192) * 192;
+  return narrow * (100 + kNarrowPercent) < usual * 100 ? kNarrowPair : kPingPongPair;
 }
 
 }  // namespace
 
 TileConfig choose_tile(const GroupedGemmShape& shape) {
-  // Ping-pong: the epilogue, long beside few rows' main loop, runs under the other group's.
-  if (shape.layout == GemmLayout::kTN) return kPingPongPair;
   const int64_t rows_per_expert = shape.num_experts > 0 ? shape.rows / shape.num_experts : 0;
+  if (shape.layout == GemmLayout::kTN) return choose_weight_gradient_tile(shape, rows_per_expert);
   const bool is_pair = rows_per_expert >= kPairRows;
   if (shape.has_swiglu) return is_pair ? kPingPongPair : kPingPongSingle;
   if (!is_pair) return kWideSingle;
-  if (is_wide_better(shape)) return kWidePair;
+  if (is_wide_better(shape, rows_per_expert)) return kWidePair;
   const bool is_large =
       shape.layout == GemmLayout::kNT && rows_per_expert >= kManyRows && shape.a_columns >= kLongK;
   return is_large ? kLargePair : kPingPongPair;

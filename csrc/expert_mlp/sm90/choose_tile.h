@@ -15,6 +15,8 @@ struct TileConfig {
   bool is_ping_pong;
   int cluster_m;
   int cluster_n;
+  // TN: while a cluster walks along M of an expert whose rows fit the stages, B is loaded once.
+  bool keeps_b = false;
   int group_m = 8;  // see tile_scheduler.cuh
 
   bool operator==(const TileConfig&) const = default;

@@ -1,5 +1,5 @@
-// From accumulators to global memory: stmatrix into a swizzled chunk, then a TMA store, chunk by
-// chunk.
+// From accumulators to global memory: stmatrix into swizzled chunks, then TMA stores, kStoreBatch
+// chunks at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +16,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// The group's store buffers, used in turn.
+// The group's store buffers, used in turn, kStoreBatch at a time.
 template <class Config>
 struct StoreBuffers {
   const SharedLayout<Config>& shared;
@@ -24,11 +24,12 @@ struct StoreBuffers {
   int thread;  // in the group
   int next = 0;
 
-  // Until the buffer's last store has read it.
+  // The first of a batch, once its last stores have been read.
   __device__ __forceinline__ uint32_t acquire() {
-    const uint32_t buffer = shared.store_buffer(group, next);
-    next = next + 1 == Config::kStoreBuffers ? 0 : next + 1;
-    if (thread == 0) tma_store_wait_read<Config::kStoreBuffers - 1>();
+    constexpr int kBatches = Config::kStoreBuffers / Config::kStoreBatch;
+    const uint32_t buffer = shared.store_buffer(group, next * Config::kStoreBatch);
+    next = next + 1 == kBatches ? 0 : next + 1;
+    if (thread == 0) tma_store_wait_read<kBatches - 1>();
     named_barrier_sync(kGroupBarrier + group, kGroupThreads);
     return buffer;
   }
@@ -45,8 +46,7 @@ __device__ __forceinline__ int store_row(int thread) {
 }
 
 // 64 rows x 64 columns into a chunk with the 128-byte swizzle. values: 32 accumulator words.
-__device__ __forceinline__ void write_chunk(
-    uint32_t buffer, const float* values, float alpha, bool is_zero, int thread) {
+__device__ __forceinline__ void write_chunk(uint32_t buffer, const float* values, int thread) {
   const int row = store_row(thread);
   const int lane_column = thread % 32 / 16;
 #pragma unroll
@@ -55,15 +55,44 @@ __device__ __forceinline__ void write_chunk(
 #pragma unroll
     for (int word = 0; word < 4; ++word) {
       const float* value = values + pair * 8 + word * 2;
-      words[word] = is_zero ? 0u : pack_bf16(value[0] * alpha, value[1] * alpha);
+      words[word] = pack_bf16(value[0], value[1]);
     }
     const int column = (pair * 2 + lane_column) ^ (row & 7);
     store_matrix_x4(buffer + row * 128 + column * 16, words[0], words[1], words[2], words[3]);
   }
 }
 
-// row: of `out` (in the expert for TN); is_zero: no step was multiplied, the accumulators hold
-// nothing.
+// acc *= alpha, or zeros for a tile of which no step was multiplied: its accumulators hold nothing.
+// Apart from the conversion, so that the usual alpha of 1 costs nothing.
+template <class Config>
+__device__ __forceinline__ void scale_tile(float (&acc)[Config::kRowBlocks][Config::kBlockN / 2],
+                                           float alpha,
+                                           bool is_zero) {
+  if (alpha == 1.0f && !is_zero) return;
+#pragma unroll
+  for (int block = 0; block < Config::kRowBlocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < Config::kBlockN / 2; ++i) {
+      acc[block][i] = is_zero ? 0.0f : acc[block][i] * alpha;
+    }
+  }
+}
+
+// By one thread: the batch's chunks that lie inside the matrix.
+template <class Config>
+__device__ __forceinline__ void store_batch(
+    const KernelArguments& args, uint32_t buffer, int row, int column, int expert) {
+#pragma unroll
+  for (int i = 0; i < Config::kStoreBatch; ++i) {
+    if (column + i * kChunk < args.columns) {
+      tma_store_3d(
+          args.out, buffer + i * Config::kStoreBufferBytes, column + i * kChunk, row, expert);
+    }
+  }
+  tma_store_commit();
+}
+
+// row: of `out` (in the expert for TN).
 template <class Config>
 __device__ __forceinline__ void store_tile(
     const float (&acc)[Config::kRowBlocks][Config::kBlockN / 2],
@@ -71,21 +100,23 @@ __device__ __forceinline__ void store_tile(
     StoreBuffers<Config>& buffers,
     int row,
     int column,
-    int expert,
-    bool is_zero) {
-  const float alpha = Config::kLayout == GemmLayout::kTN ? args.alpha : 1.0f;
+    int expert) {
 #pragma unroll
   for (int block = 0; block < Config::kRowBlocks; ++block) {
 #pragma unroll
-    for (int chunk = 0; chunk < Config::kColumnChunks; ++chunk) {
-      const int chunk_column = column + chunk * kChunk;
-      if (chunk_column < args.columns) {
+    for (int first = 0; first < Config::kColumnChunks; first += Config::kStoreBatch) {
+      const int batch_column = column + first * kChunk;
+      if (batch_column < args.columns) {
         const uint32_t buffer = buffers.acquire();
-        write_chunk(buffer, &acc[block][chunk * 32], alpha, is_zero, buffers.thread);
+#pragma unroll
+        for (int i = 0; i < Config::kStoreBatch; ++i) {
+          write_chunk(buffer + i * Config::kStoreBufferBytes,
+                      &acc[block][(first + i) * 32],
+                      buffers.thread);
+        }
         buffers.publish();
         if (buffers.thread == 0) {
-          tma_store_3d(args.out, buffer, chunk_column, row + block * kChunk, expert);
-          tma_store_commit();
+          store_batch<Config>(args, buffer, row + block * kChunk, batch_column, expert);
         }
       }
     }

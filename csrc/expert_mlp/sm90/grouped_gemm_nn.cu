@@ -4,14 +4,16 @@
 namespace torch_moe_ep::sm90 {
 namespace {
 
-// Block M, block N, ping-pong, cluster M, cluster N, stages, store buffers of each group.
+// Block M, block N, ping-pong, cluster M, cluster N, stages, store buffers of each group, chunks
+// stored at a time.
 template <int kBlockM,
           int kBlockN,
           bool kIsPingPong,
           int kClusterM,
           int kClusterN,
           int kStages,
-          int kStoreBuffers>
+          int kStoreBuffers,
+          int kStoreBatch>
 using Kernel = KernelConfig<GemmLayout::kNN,
                             kBlockM,
                             kBlockN,
@@ -19,7 +21,8 @@ using Kernel = KernelConfig<GemmLayout::kNN,
                             kClusterM,
                             kClusterN,
                             kStages,
-                            kStoreBuffers>;
+                            kStoreBuffers,
+                            kStoreBatch>;
 
 }  // namespace
 
@@ -27,9 +30,9 @@ cudaError_t launch_nn(const TileConfig& tile,
                       const KernelArguments& args,
                       int64_t max_super_tiles,
                       cudaStream_t stream) {
-  return launch_one_of<Kernel<128, 256, false, 2, 1, 3, 4>,
-                       Kernel<128, 256, false, 1, 1, 3, 4>,
-                       Kernel<128, 192, true, 2, 1, 5, 1>>(tile, args, max_super_tiles, stream);
+  return launch_one_of<Kernel<128, 256, false, 2, 1, 3, 4, 2>,
+                       Kernel<128, 256, false, 1, 1, 3, 4, 2>,
+                       Kernel<128, 192, true, 2, 1, 5, 1, 1>>(tile, args, max_super_tiles, stream);
 }
 
 }  // namespace torch_moe_ep::sm90

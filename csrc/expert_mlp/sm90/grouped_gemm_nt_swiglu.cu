@@ -20,6 +20,8 @@ using Kernel = KernelConfig<GemmLayout::kNT,
                             kClusterN,
                             kStages,
                             kStoreBuffers,
+                            1,
+                            false,
                             true>;
 
 }  // namespace

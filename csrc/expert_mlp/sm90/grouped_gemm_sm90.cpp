@@ -129,7 +129,9 @@ cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params,
                                    const TileConfig& tile,
                                    cudaStream_t stream) {
   const GroupedGemmShape& s = params.shape;
-  if (!is_supported(s)) return cudaErrorInvalidValue;
+  if (!is_supported(s) || tile.group_m < 1 || tile.group_m > kMaxGroupM) {
+    return cudaErrorInvalidValue;
+  }
   const bool is_tn = s.layout == GemmLayout::kTN;
   if (s.rows == 0) {
     if (!is_tn) return cudaSuccess;

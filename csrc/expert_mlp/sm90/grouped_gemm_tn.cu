@@ -4,14 +4,17 @@
 namespace torch_moe_ep::sm90 {
 namespace {
 
-// Block M, block N, ping-pong, cluster M, cluster N, stages, store buffers of each group.
+// Block M, block N, ping-pong, cluster M, cluster N, stages, store buffers of each group, chunks
+// stored at a time, B kept.
 template <int kBlockM,
           int kBlockN,
           bool kIsPingPong,
           int kClusterM,
           int kClusterN,
           int kStages,
-          int kStoreBuffers>
+          int kStoreBuffers,
+          int kStoreBatch,
+          bool kKeepsB = false>
 using Kernel = KernelConfig<GemmLayout::kTN,
                             kBlockM,
                             kBlockN,
@@ -19,7 +22,9 @@ using Kernel = KernelConfig<GemmLayout::kTN,
                             kClusterM,
                             kClusterN,
                             kStages,
-                            kStoreBuffers>;
+                            kStoreBuffers,
+                            kStoreBatch,
+                            kKeepsB>;
 
 }  // namespace
 
@@ -27,7 +32,9 @@ cudaError_t launch_tn(const TileConfig& tile,
                       const KernelArguments& args,
                       int64_t max_super_tiles,
                       cudaStream_t stream) {
-  return launch_one_of<Kernel<128, 192, true, 2, 1, 4, 3>>(tile, args, max_super_tiles, stream);
+  return launch_one_of<Kernel<128, 192, true, 2, 1, 4, 3, 3>,
+                       Kernel<128, 192, true, 1, 2, 4, 3, 3, true>,
+                       Kernel<128, 128, true, 2, 1, 5, 2, 2>>(tile, args, max_super_tiles, stream);
 }
 
 }  // namespace torch_moe_ep::sm90

@@ -1,6 +1,6 @@
-// The persistent warp-specialised kernel: warp group 0 produces, warp groups 1 and 2 consume.
-// Bodies exist for sm_90a alone; for other architectures of the same build the kernel is an empty
-// stub.
+// The persistent warp-specialised kernel: two warps of warp group 0 produce (one operand each),
+// warp groups 1 and 2 consume. Bodies exist for sm_90a alone; for other architectures of the same
+// build the kernel is an empty stub.
 #pragma once
 
 #include "expert_mlp/sm90/epilogue.cuh"
@@ -41,14 +41,14 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
   StoreBuffers<Config> buffers{shared, group, thread};
   Ring<Config::kStages> ring;
   float acc[Config::kRowBlocks][Config::kBlockN / 2];
-  Tile tile;
   order.start();
-  for (int turn = 0; scheduler.next(tile); turn ^= 1) {
-    const int steps = num_k_steps<Config>(args, tile);
+  for (int turn = 0; scheduler.advance(); turn ^= 1) {
+    const int steps = num_k_steps<Config>(args, scheduler.num_rows());
     if (Config::kIsPingPong && turn != group) {
       ring.skip(steps);
       continue;
     }
+    const Tile tile = scheduler.tile();
     const int row = tile.m + first_row;
     const int num_rows = Config::kLayout == GemmLayout::kTN ? args.out_rows : tile.num_rows;
     order.wait();
@@ -61,9 +61,10 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
     if constexpr (Config::kHasSwiglu) {
       store_swiglu_tile<Config>(acc, args, buffers, tile.row_begin + row, tile.n);
     } else if constexpr (Config::kLayout == GemmLayout::kTN) {
-      store_tile<Config>(acc, args, buffers, row, tile.n, tile.expert, steps == 0);
+      scale_tile<Config>(acc, args.alpha, steps == 0);
+      store_tile<Config>(acc, args, buffers, row, tile.n, tile.expert);
     } else {
-      store_tile<Config>(acc, args, buffers, tile.row_begin + row, tile.n, 0, false);
+      store_tile<Config>(acc, args, buffers, tile.row_begin + row, tile.n, 0);
     }
   }
   if (thread == 0) tma_store_wait_all();  // the stores still read this CTA's shared memory
@@ -77,14 +78,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const SharedLayout<Config> shared{(shared_address(dynamic_shared) + 1023) / 1024 * 1024};
   auto& table = *reinterpret_cast<ExpertTable*>(
       dynamic_shared + (shared.base - shared_address(dynamic_shared)) + Config::kTableOffset);
-  using Scheduler =
-      TileScheduler<Config::kBlockM, Config::kBlockN, Config::kClusterM, Config::kClusterN>;
+  using Scheduler = TileScheduler<Config::kBlockM,
+                                  Config::kBlockN,
+                                  Config::kClusterM,
+                                  Config::kClusterN,
+                                  Config::kRunRows>;
 
   if (threadIdx.x < 32) fill_expert_table(table, args.space, Scheduler::kSuperM);
   if (threadIdx.x == 32) {
     constexpr int kReleases = (Config::kIsPingPong ? 1 : kConsumerGroups) * Config::kClusterSize;
     for (int stage = 0; stage < Config::kStages; ++stage) {
-      barrier_init(shared.full(stage), 1);
+      barrier_init(shared.full(stage), 2);  // the two producers
       barrier_init(shared.empty(stage), kReleases);
     }
     fence_barrier_init();
@@ -100,7 +104,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   // 232 registers hold 192 accumulators; 40 + 2 x 232 = 504 of the 512 that 128 threads have.
   if (threadIdx.x < kGroupThreads) {
     decrease_registers<40>();
-    if (threadIdx.x == 0) produce<Config>(args, shared, scheduler, cta_rank);
+    if (threadIdx.x == 0) produce<Config, Operand::kA>(args, shared, scheduler, cta_rank);
+    if (threadIdx.x == 32) produce<Config, Operand::kB>(args, shared, scheduler, cta_rank);
   } else {
     increase_registers<232>();
     consume<Config>(args, shared, scheduler);

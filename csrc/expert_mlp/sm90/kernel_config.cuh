@@ -27,6 +27,8 @@ template <GemmLayout kLayout_,
           int kClusterN_,
           int kStages_,
           int kStoreBuffers_,
+          int kStoreBatch_ = 1,
+          bool kKeepsB_ = false,
           bool kHasSwiglu_ = false>
 struct KernelConfig {
   static constexpr GemmLayout kLayout = kLayout_;
@@ -38,7 +40,11 @@ struct KernelConfig {
   static constexpr int kClusterSize = kClusterM * kClusterN;
   static constexpr int kStages = kStages_;
   static constexpr int kStoreBuffers = kStoreBuffers_;  // of each consumer group
+  static constexpr int kStoreBatch = kStoreBatch_;      // chunks between two barriers
   static constexpr bool kHasSwiglu = kHasSwiglu_;
+  // See TileConfig::keeps_b. Experts whose rows fit the stages are walked in runs along M.
+  static constexpr bool kKeepsB = kKeepsB_;
+  static constexpr int kRunRows = kKeepsB ? kStages * kStepK : 0;
 
   static constexpr bool kTransposeA = kLayout == GemmLayout::kTN;
   static constexpr bool kTransposeB = kLayout != GemmLayout::kNT;
@@ -60,14 +66,16 @@ struct KernelConfig {
   static constexpr int kSharedBytes = kTableOffset + static_cast<int>(sizeof(ExpertTable)) + 1024;
 
   static constexpr TileConfig tile() {
-    return {kBlockM, kBlockN, kIsPingPong, kClusterM, kClusterN};
+    return {kBlockM, kBlockN, kIsPingPong, kClusterM, kClusterN, kKeepsB};
   }
 
   static_assert(kSharedBytes <= kMaxSharedBytes);
   static_assert(kStages <= kMaxStages);
   static_assert(kClusterM == 1 || kClusterN == 1, "one operand is shared at most");
   static_assert(kClusterSize <= 2);
-  static_assert(!kHasSwiglu || kLayout == GemmLayout::kNT);
+  static_assert(!kHasSwiglu || (kLayout == GemmLayout::kNT && kStoreBatch == 1));
+  static_assert(!kKeepsB || (kLayout == GemmLayout::kTN && kClusterM == 1));
+  static_assert(kStoreBuffers % kStoreBatch == 0 && kColumnChunks % kStoreBatch == 0);
 };
 
 // Ring of stages: `phase` is the parity of the round.

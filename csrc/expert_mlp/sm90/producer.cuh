@@ -1,4 +1,6 @@
-// The producer: one thread that keeps the stages full, running ahead of the consumers across tiles.
+// The producers: one thread for each operand that keeps its half of the stages full, running ahead
+// of the consumers across tiles. (One thread for both is late at short K: it issues up to five
+// loads a stage.)
 //
 // In a cluster of two the operand that both CTAs need is loaded half by each and multicast to both:
 // a K-major operand is halved by rows, an MN-major one along K (its 64-wide chunks may be odd in
@@ -88,59 +90,97 @@ __device__ __forceinline__ void load_gate_up(
   }
 }
 
+enum class Operand { kA, kB };
+
 template <class Config>
-__device__ __forceinline__ void load_stage(const KernelArguments& args,
-                                           uint32_t a,
-                                           uint32_t b,
-                                           uint32_t barrier,
-                                           const Tile& tile,
-                                           int k,
-                                           int half) {
-  constexpr bool kShareA = Config::kClusterN > 1;
-  constexpr bool kShareB = Config::kClusterM > 1;
+__device__ __forceinline__ void load_a(const KernelArguments& args,
+                                       uint32_t shared,
+                                       uint32_t barrier,
+                                       const Tile& tile,
+                                       int k,
+                                       int half) {
+  constexpr bool kIsShared = Config::kClusterN > 1;
   if constexpr (Config::kTransposeA) {
-    load_mn_major<Config::kBlockM, kShareA>(
-        a, args.a, barrier, tile.m, tile.row_begin + k, 0, half);
+    load_mn_major<Config::kBlockM, kIsShared>(
+        shared, args.a, barrier, tile.m, tile.row_begin + k, 0, half);
   } else {
-    load_k_major<Config::kBlockM, kShareA>(a, args.a, barrier, k, tile.row_begin + tile.m, 0, half);
-  }
-  if constexpr (Config::kHasSwiglu) {
-    load_gate_up<Config::kBlockN, kShareB>(b, args.b, barrier, k, tile, half);
-  } else if constexpr (Config::kLayout == GemmLayout::kNT) {
-    load_k_major<Config::kBlockN, kShareB>(b, args.b, barrier, k, tile.n, tile.expert, half);
-  } else if constexpr (Config::kLayout == GemmLayout::kNN) {
-    load_mn_major<Config::kBlockN, kShareB>(b, args.b, barrier, tile.n, k, tile.expert, half);
-  } else {
-    load_mn_major<Config::kBlockN, kShareB>(
-        b, args.b, barrier, tile.n, tile.row_begin + k, 0, half);
+    load_k_major<Config::kBlockM, kIsShared>(
+        shared, args.a, barrier, k, tile.row_begin + tile.m, 0, half);
   }
 }
 
 template <class Config>
-__device__ __forceinline__ int num_k_steps(const KernelArguments& args, const Tile& tile) {
-  return Config::kLayout == GemmLayout::kTN ? tile.num_rows / kStepK : args.k_steps;
+__device__ __forceinline__ void load_b(const KernelArguments& args,
+                                       uint32_t shared,
+                                       uint32_t barrier,
+                                       const Tile& tile,
+                                       int k,
+                                       int half) {
+  constexpr bool kIsShared = Config::kClusterM > 1;
+  if constexpr (Config::kHasSwiglu) {
+    load_gate_up<Config::kBlockN, kIsShared>(shared, args.b, barrier, k, tile, half);
+  } else if constexpr (Config::kLayout == GemmLayout::kNT) {
+    load_k_major<Config::kBlockN, kIsShared>(shared, args.b, barrier, k, tile.n, tile.expert, half);
+  } else if constexpr (Config::kLayout == GemmLayout::kNN) {
+    load_mn_major<Config::kBlockN, kIsShared>(
+        shared, args.b, barrier, tile.n, k, tile.expert, half);
+  } else {
+    load_mn_major<Config::kBlockN, kIsShared>(
+        shared, args.b, barrier, tile.n, tile.row_begin + k, 0, half);
+  }
 }
 
-template <class Config, class Scheduler>
+template <class Config>
+__device__ __forceinline__ int num_k_steps(const KernelArguments& args, int num_rows) {
+  return Config::kLayout == GemmLayout::kTN ? num_rows / kStepK : args.k_steps;
+}
+
+// Which stages still hold what a tile needs of B: stage s holds k step i of the same expert and n
+// if its last load was for i, that is if the steps of a tile divide the stages and all of these
+// were loaded since the panel began.
+template <int kStages>
+struct KeptPanel {
+  int expert = -1;
+  int n = -1;
+  int loads = 0;
+
+  __device__ __forceinline__ void enter(const Tile& tile) {
+    if (tile.expert == expert && tile.n == n) return;
+    expert = tile.expert;
+    n = tile.n;
+    loads = 0;
+  }
+  __device__ __forceinline__ bool holds_next(int steps) {
+    if (steps > kStages || kStages % steps != 0) return false;
+    return loads++ >= kStages;
+  }
+};
+
+template <class Config, Operand kOperand, class Scheduler>
 __device__ __forceinline__ void produce(const KernelArguments& args,
                                         const SharedLayout<Config>& shared,
                                         Scheduler scheduler,
                                         int cta_rank) {
   Ring<Config::kStages> ring;
+  [[maybe_unused]] KeptPanel<Config::kStages> panel;
   Tile tile;
   while (scheduler.next(tile)) {
-    const int steps = num_k_steps<Config>(args, tile);
+    const int steps = num_k_steps<Config>(args, tile.num_rows);
+    if constexpr (Config::kKeepsB) panel.enter(tile);
     for (int step = 0; step < steps; ++step) {
+      const uint32_t full = shared.full(ring.stage);
       barrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
-      // A peer's multicast may land before this: the transaction count may go below zero meanwhile.
-      barrier_expect_bytes(shared.full(ring.stage), Config::kStageBytes);
-      load_stage<Config>(args,
-                         shared.a(ring.stage),
-                         shared.b(ring.stage),
-                         shared.full(ring.stage),
-                         tile,
-                         step * kStepK,
-                         cta_rank);
+      // A peer's multicast may land before the bytes are expected: the transaction count may go
+      // below zero meanwhile.
+      if constexpr (kOperand == Operand::kA) {
+        barrier_expect_bytes(full, Config::kABytes);
+        load_a<Config>(args, shared.a(ring.stage), full, tile, step * kStepK, cta_rank);
+      } else if (Config::kKeepsB && panel.holds_next(steps)) {
+        barrier_arrive(full);
+      } else {
+        barrier_expect_bytes(full, Config::kBBytes);
+        load_b<Config>(args, shared.b(ring.stage), full, tile, step * kStepK, cta_rank);
+      }
       ring.next();
     }
   }
