@@ -8,6 +8,11 @@ Candidates share weights, inputs and output gradient. Before timing, output and 
 compared with the eager module in fp32; a candidate whose error is above twice that of the
 transformers grouped_mm module (fp32: and above 1e-5) is printed as wrong and not timed.
 FLOPs of a run: 18 N H I (N copies); recomputation would not count.
+
+For the narrow experts the time is also given as a multiple of the floor max(FLOPs / dense rate,
+bytes / copy rate), both rates measured in the same run; bytes: weights read twice, their gradients
+written once, X, Y and the gradients of both once. Where sonicmoe cannot be imported, the ratios
+that an H200 showed on 2026-11-23 stand beside, marked as not measured here.
 """
 
 import argparse
@@ -34,6 +39,7 @@ EAGER = "transformers eager"
 GROUPED = "transformers grouped_mm"
 COMPILED = "transformers grouped_mm compiled"
 SONIC = "sonicmoe"
+SONIC_ELSEWHERE = "sonicmoe, not measured here"
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,23 @@ class Case:
         """FLOPs of forward and backward."""
         return 18.0 * self.tokens * self.top_k * self.hidden * self.width
 
+    @property
+    def least_bytes(self) -> float:
+        """Bytes in bf16 that no implementation can do without."""
+        weights = 3 * self.num_experts * self.hidden * self.width
+        return 2.0 * (3 * weights + 4 * self.tokens * self.hidden)
+
 
 FINE_GRAINED = Case(32768, num_experts=128, top_k=8, width=1024)
 NARROW = [Case(32768, num_experts=e, top_k=8, hidden=2048, width=768) for e in (8, 32, 128)]
+# Ratio to a dense 8192^3 GEMM of the same loop, of each run: an H200 on 2026-11-23.
+SONIC_RATIOS = {
+    Case(16384): (0.943, 0.964),
+    Case(16384, "1/i"): (0.931, 0.943),
+    Case(4096): (0.844, 0.861),
+    Case(4096, "1/i"): (0.874, 0.871),
+    FINE_GRAINED: (0.872,),
+}
 SETS = {
     "must": [Case(16384), Case(16384, "1/i"), Case(4096), Case(1024), FINE_GRAINED],
     "narrow": NARROW,
@@ -261,6 +281,8 @@ def run_case(
     )
     unit, scale = ("TFLOP/s", 1e12) if device.type == "cuda" else ("GFLOP/s", 1e9)
     rows += common.speed_rows(timings, str(case), unit, scale)
+    if device.type == "cuda":
+        rows += sonic_rows(case) + floor_rows(case, timings, device, arguments)
     for name, module in modules.items():
         saved = saved_bytes(inputs, module) / 2**30
         rows.append(
@@ -274,6 +296,54 @@ def run_case(
         _print_ratio(case, timings)
     torch._dynamo.reset()
     return rows
+
+
+def sonic_rows(case: Case) -> list[dict[str, Any]]:
+    """What sonicmoe reached elsewhere, where it cannot be timed and the case is known."""
+    if case not in SONIC_RATIOS or _has_sonicmoe():
+        return []
+    ratios = SONIC_RATIOS[case]
+    middle = round(sum(ratios) / len(ratios), 4)
+    return [
+        {
+            "name": SONIC_ELSEWHERE,
+            "case": str(case),
+            "value": middle,
+            "unit": "ratio to dense",
+            "ratio_to_dense": middle,
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+        }
+    ]
+
+
+def floor_rows(
+    case: Case,
+    timings: list[common.Timing],
+    device: torch.device,
+    arguments: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Time of each candidate over the floor, for the narrow experts."""
+    if case not in NARROW:
+        return []
+    (copy_rate,) = common.time_turn_about(
+        [common.copy(device, 2**30)],
+        device,
+        min_seconds=arguments.min_seconds,
+        turns=arguments.turns,
+    )
+    dense = next(timing.rate for timing in timings if timing.candidate.name == common.DENSE)
+    floor = max(case.flops / dense, case.least_bytes / copy_rate.rate)
+    return [
+        {
+            "name": timing.candidate.name,
+            "case": str(case),
+            "value": round(case.flops / timing.rate / floor, 3),
+            "unit": "times the floor",
+        }
+        for timing in timings
+        if timing.candidate.name != common.DENSE
+    ]
 
 
 def _runner(inputs: Inputs, module: Callable[..., torch.Tensor]) -> Callable[[], object]:

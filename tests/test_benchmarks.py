@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, results
+from benchmarks import common, layer, results
 from benchmarks.routing import ROUTINGS, copies_per_expert, expert_ids
 
 
@@ -62,3 +62,23 @@ def test_every_result_file_of_the_repository_is_readable() -> None:
 def test_readme_table_equals_newest_results() -> None:
     """`python -m benchmarks.results --readme` would change nothing."""
     assert results.readme_with_tables() == results.README.read_text()
+
+
+def test_narrow_experts_floor_is_bytes_when_weights_outweigh_the_flops() -> None:
+    """One token an expert: the weights' bytes decide; many tokens: the FLOPs."""
+    few, many = layer.Case(128, num_experts=128), layer.Case(32768, num_experts=8)
+    flops_per_byte = 160.0
+    assert few.flops / few.least_bytes < flops_per_byte < many.flops / many.least_bytes
+    weights = 3 * 8 * 4096 * 14336
+    assert many.least_bytes == 2 * (3 * weights + 4 * 32768 * 4096)
+
+
+def test_ratios_from_elsewhere_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand only where sonicmoe cannot be timed, under a name that says so."""
+    monkeypatch.setattr(layer, "_has_sonicmoe", lambda: False)
+    rows = layer.sonic_rows(layer.Case(16384))
+    assert [row["name"] for row in rows] == ["sonicmoe, not measured here"]
+    assert rows[0]["ratio_min"] <= rows[0]["ratio_to_dense"] <= rows[0]["ratio_max"]
+    assert layer.sonic_rows(layer.Case(1024)) == []
+    monkeypatch.setattr(layer, "_has_sonicmoe", lambda: True)
+    assert layer.sonic_rows(layer.Case(16384)) == []
