@@ -34,6 +34,7 @@ help:
 	@echo 'make build          compile the operator library (with CUDA where torch and nvcc have it)'
 	@echo 'make setup          the virtual environment alone, in $(VENV)'
 	@echo 'make info           versions, how the library was built, what this machine can use'
+	@echo 'make sanitize       compute-sanitizer over the small GPU tests (needs a GPU)'
 	@echo 'make kernel-report  registers, shared memory and main loops of the CUDA kernels'
 	@echo 'make clean          remove everything that was built and every environment'
 	@echo
@@ -100,7 +101,7 @@ $(TIDY_STAMPS): $(STAMPS)/tidy/%: % $(HEADERS) .clang-tidy $(STAMPS)/tidy-flags
 
 # Tests
 
-.PHONY: test test-full
+.PHONY: test test-full sanitize
 test: $(if $(IS_DEFAULT),lint) $(STAMPS)/build
 	@echo '== tests'
 	@$(PY) -m pytest $(PYTEST_ARGS)
@@ -108,6 +109,10 @@ test: $(if $(IS_DEFAULT),lint) $(STAMPS)/build
 test-full: $(if $(IS_DEFAULT),lint) $(STAMPS)/build
 	@echo '== all tests'
 	@$(PY) -m pytest -m 'full or not full' $(PYTEST_ARGS)
+
+# On a machine with a GPU: compute-sanitizer over the GPU tests' small cases.
+sanitize: $(STAMPS)/build
+	@$(PY) -m tests.sanitize $(SANITIZE_ARGS)
 
 # Use
 

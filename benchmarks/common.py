@@ -120,6 +120,19 @@ def copy(device: torch.device, num_bytes: int) -> Candidate:
     return Candidate("copy", lambda: target.copy_(source), 2.0 * source.numel() * 4)
 
 
+def relative_error(actual: torch.Tensor, oracle: torch.Tensor) -> float:
+    """max|actual - oracle| / max|oracle| on the device; NaN if any element is.
+
+    Slice by slice: a whole result in fp32 would double the memory, and on the CPU large ones take
+    longer than what is timed.
+    """
+    pairs = zip(actual.split(1024), oracle.split(1024), strict=True)
+    if actual.dim() == 3:
+        pairs = zip(actual, oracle, strict=True)
+    largest = torch.stack([(a.float() - o.float()).abs().max() for a, o in pairs]).max()
+    return float(largest / oracle.abs().max())
+
+
 def speed_rows(
     timings: Sequence[Timing], case: str, unit: str, scale: float, reference: str = DENSE
 ) -> list[dict[str, Any]]:
@@ -192,34 +205,38 @@ def finish(name: str, rows: Sequence[dict[str, Any]], arguments: argparse.Namesp
 
 
 def write_results(
-    name: str, rows: Sequence[dict[str, Any]], path: Path | None = None, commit: str = ""
+    name: str,
+    rows: Sequence[dict[str, Any]],
+    path: Path | None = None,
+    commit: str = "",
+    module: str = "",
 ) -> Path:
     """Write benchmarks/results/<date>-<name>.json (CPU runs: <date>-<name>-cpu.json).
 
     A file that is already there from the same commit and GPU is merged into: rows of the same
     (name, case, unit) are replaced, so a grid may be split over several runs. Any other file
-    there is kept and the new one gets the commit's first letters in its name.
+    there is kept and the new one gets the commit's first letters in its name. `module`: what was
+    run, default benchmarks.<name>.
     """
-    head = {**machine(commit), "command": _command_of(name)}
+    head = {**machine(commit), "command": _command_of(module or f"benchmarks.{name}")}
     suffix = "" if head["gpu"] != "none" else "-cpu"
     path = path or RESULTS_DIR / f"{head['date']}-{name}{suffix}.json"
     if path.exists():
         old = json.loads(path.read_text())
         if (old["commit"], old["gpu"]) != (head["commit"], head["gpu"]):
-            return write_results(
-                name, rows, path.with_stem(f"{path.stem}-{head['commit'][:8]}"), commit
-            )
+            path = path.with_stem(f"{path.stem}-{head['commit'][:8]}")
+            return write_results(name, rows, path, commit, module)
         return _merge(path, old, head, rows)
     write(path, {**head, "rows": list(rows)})
     return path
 
 
-def _command_of(name: str) -> str:
+def _command_of(module: str) -> str:
     """The command that measures the same, wherever the file goes."""
-    words = ["python", "-m", f"benchmarks.{name}"]
+    words = ["python", "-m", module]
     arguments = iter(sys.argv[1:])
     for word in arguments:
-        if word in ("--output", "--commit"):
+        if word in ("--output", "--commit", "--logs"):
             next(arguments, None)
         else:
             words.append(word)

@@ -24,7 +24,6 @@ import torch
 from benchmarks import common
 from benchmarks.routing import copies_per_expert
 from torch_moe_ep import _library  # noqa: F401  (loads the operators)
-from torch_moe_ep.testing import relative_error
 
 OURS = "torch_moe_ep"
 GENERIC = "torch_moe_ep sm80"
@@ -143,11 +142,11 @@ def run_case(case: Case, arguments: argparse.Namespace, device: torch.device) ->
     """Check against fp32, then time what is right."""
     oracle = loop(case, case.a.float(), case.b.float())
     functions = implementations(case)
-    limit = 2 * relative_error(torch_grouped(case, case.a, case.b).float(), oracle) + 1e-6
+    limit = 2 * common.relative_error(torch_grouped(case, case.a, case.b), oracle) + 1e-6
     rows: list[dict[str, Any]] = []
     candidates = [common.dense_gemm(device, case.a.dtype)]
     for name, function in functions.items():
-        error = relative_error(function(case.a, case.b).float(), oracle)
+        error = common.relative_error(function(case.a, case.b), oracle)
         if error <= limit:
             candidates.append(common.Candidate(name, _runner(function, case), case.flops))
             continue
@@ -184,7 +183,10 @@ def main() -> None:
     for num_rows in arguments.rows:
         for routing in arguments.routings:
             for case in cases_of(num_rows, routing, arguments, device):
-                rows += run_case(case, arguments, device)
+                of_case = run_case(case, arguments, device)
+                # Case by case: a run that is cut off keeps what it has measured.
+                common.write_results("grouped_gemm", of_case, arguments.output, arguments.commit)
+                rows += of_case
     common.finish("grouped_gemm", rows, arguments)
 
 

@@ -188,20 +188,6 @@ def _has_sonicmoe() -> bool:
     return True
 
 
-def errors_of(actual: list[torch.Tensor], oracle: list[torch.Tensor]) -> list[float]:
-    """Relative error of output and each gradient, on the device; NaN if any element is."""
-    return [_error_of(a, o) for a, o in zip(actual, oracle, strict=True)]
-
-
-def _error_of(actual: torch.Tensor, oracle: torch.Tensor) -> float:
-    # Slice by slice: a whole weight gradient in fp32 would double the memory.
-    pairs = zip(actual.split(1024), oracle.split(1024), strict=True)
-    if actual.dim() == 3:
-        pairs = zip(actual, oracle, strict=True)
-    largest = torch.stack([(a.float() - o).abs().max() for a, o in pairs]).max()
-    return float(largest / oracle.abs().max())
-
-
 def wrong_rows(
     case: Case, inputs: Inputs, modules: dict[str, Callable[..., torch.Tensor]]
 ) -> list[dict[str, Any]]:
@@ -211,11 +197,11 @@ def wrong_rows(
     del exact
     _free()
     floor = 1e-5 if inputs.x.dtype == torch.float32 else 0.0
-    peer_errors = errors_of(inputs.gradients_of(modules[GROUPED]), oracle)
+    peer_errors = _errors_of(inputs.gradients_of(modules[GROUPED]), oracle)
     rows = []
     for name in list(modules):
         try:
-            errors = errors_of(inputs.gradients_of(modules[name]), oracle)
+            errors = _errors_of(inputs.gradients_of(modules[name]), oracle)
             bad = [
                 f"{what} {error:.2g} (grouped_mm {peer:.2g})"
                 for what, error, peer in zip(NAMES, errors, peer_errors, strict=True)
@@ -230,6 +216,10 @@ def wrong_rows(
             print(f"{case}: {name} is {what}", flush=True)
             rows.append({"name": name, "case": str(case), "value": what, "unit": "error"})
     return rows
+
+
+def _errors_of(actual: list[torch.Tensor], oracle: list[torch.Tensor]) -> list[float]:
+    return [common.relative_error(a, o) for a, o in zip(actual, oracle, strict=True)]
 
 
 def saved_bytes(inputs: Inputs, module: Callable[..., torch.Tensor]) -> int:

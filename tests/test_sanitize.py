@@ -1,0 +1,73 @@
+"""What `python -m tests.sanitize` reads from texts as compute-sanitizer prints them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import sanitize
+
+CLEAN = """========= COMPUTE-SANITIZER
+.... [100%]
+169 passed in 16.54s
+========= ERROR SUMMARY: 0 errors
+"""
+IN_OUR_KERNEL = """========= COMPUTE-SANITIZER
+========= Invalid __global__ write of size 4 bytes
+=========     at torch_moe_ep::sm80::grouped_gemm_kernel(KernelArguments)+0x70
+=========     by thread (31,0,0) in block (0,0,0)
+=========
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at at::native::reduce_kernel(float *)+0x20
+=========
+3 passed in 1.00s
+========= ERROR SUMMARY: 2 errors
+"""
+BROKEN_OFF = """========= COMPUTE-SANITIZER
+========= Internal Sanitizer Error: The Sanitizer failed to handle a hardware exception.
+=========
+1 failed, 168 errors in 13.68s
+"""
+
+
+def last_row(text: str) -> dict[str, object]:
+    return sanitize.case_rows("memcheck", sanitize.Report(text, 1.0))[-1]
+
+
+def test_clean_run_is_clean() -> None:
+    row = last_row(CLEAN)
+    assert (row["value"], row["is_clean"]) == (0, True)
+    assert "message" not in row
+
+
+def test_findings_are_counted_in_our_kernels_alone() -> None:
+    row = last_row(IN_OUR_KERNEL)
+    assert (row["value"], row["is_clean"]) == (1, False)
+    assert row["message"] == "Invalid __global__ write of size 4 bytes"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(BROKEN_OFF, "Internal Sanitizer Error"), ("========= COMPUTE-SANITIZER\n", "no test passed")],
+    ids=["tool error", "nothing ran"],
+)
+def test_run_that_proves_nothing_is_not_clean(text: str, message: str) -> None:
+    row = last_row(text)
+    assert row["is_clean"] is False
+    assert message in str(row["message"])
+
+
+def test_racecheck_leaves_the_sm90_gemms_out() -> None:
+    node = "tests/gpu/test_grouped_gemm.py::test_grouped_gemm_equals_oracle[E1-128-N8-K8-NT-{}]"
+    kept = {
+        (tool, kernels): sanitize.SmallCases(tool).is_kept(node.format(kernels))
+        for tool in ("memcheck", "racecheck")
+        for kernels in ("auto", "sm80", "torch")
+    }
+    assert kept == {
+        ("memcheck", "auto"): True,
+        ("memcheck", "sm80"): True,
+        ("memcheck", "torch"): False,
+        ("racecheck", "auto"): False,
+        ("racecheck", "sm80"): True,
+        ("racecheck", "torch"): False,
+    }
