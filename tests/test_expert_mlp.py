@@ -178,3 +178,37 @@ def test_expert_mlp_wrong_input_is_refused_by_name(place, tensor, message):
     given[place] = tensor
     with pytest.raises((RuntimeError, ValueError), match=message):
         ops.expert_mlp(given[0], given[1], case.plan(), given[2], given[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_expert_mlp_main_grads_hold_the_fp32_sum_of_all_calls(case, dtype):
+    """Twice into the same tensors: what they held plus both gradients, and no .grad."""
+    plain, adding = inputs_of(case, dtype), inputs_of(case, dtype)
+    once = run(ops.expert_mlp, case, plain)
+    main_grads = tuple(torch.full_like(w, 0.25, dtype=torch.float32) for w in adding[2:])
+    for _ in range(2):
+        adding[0].grad = adding[1].grad = None
+        other = run(ops.expert_mlp, case, adding, main_grads=main_grads)
+    for got, wanted in zip(other[:3], once[:3], strict=True):
+        assert torch.equal(got, wanted)
+    for main_grad, wanted in zip(main_grads, once[3:], strict=True):
+        assert torch.equal(main_grad, 0.25 + wanted.float() + wanted.float())
+    assert other[3:] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda grad: grad.bfloat16(), "main_grad of gate_up must be float32 .* torch.bfloat16"),
+        (lambda grad: grad[:1], "main_grad of gate_up must be float32"),
+        (lambda grad: grad.requires_grad_(), "must not require a gradient"),
+    ],
+    ids=["dtype", "shape", "gradient"],
+)
+def test_expert_mlp_main_grad_that_does_not_fit_is_refused(change, message):
+    case = CASES[0]
+    inputs = inputs_of(case, torch.float32)
+    gate_up, down = (torch.zeros_like(w, dtype=torch.float32).detach() for w in inputs[2:])
+    with pytest.raises(ValueError, match=message):
+        run(ops.expert_mlp, case, inputs, main_grads=(change(gate_up), down))

@@ -285,3 +285,15 @@ def test_one_rank_that_does_not_fit_makes_all_ranks_raise_alike(ranks, case, odd
 def test_trap_22_setting_that_config_does_not_know_is_refused(fields, error, message):
     with pytest.raises(error, match=message):
         MoEConfig(**fields)
+
+
+def refuse_main_grad() -> None:
+    model = apply_expert_parallel(tiny_mixtral(), init_device_mesh("cpu", 1))
+    weight = experts_of(model).down_proj
+    weight.main_grad = torch.zeros(weight.shape)
+    with pytest.raises(ValueError, match=r"experts.down_proj has a main_grad.* without FSDP alone"):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_main_grad_under_fsdp_is_refused(ranks):
+    ranks(1).run(refuse_main_grad)

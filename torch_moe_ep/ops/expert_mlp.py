@@ -2,6 +2,7 @@
 
 import torch
 
+from torch_moe_ep.ops.main_grad import with_main_grad
 from torch_moe_ep.ops.plan import DispatchPlan
 
 
@@ -16,6 +17,7 @@ def expert_mlp(
     slots_per_pass: int = 0,
     recompute_gate_up: bool = False,
     x: torch.Tensor | None = None,
+    main_grads: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run each expert over its segment of rows.
 
@@ -35,13 +37,17 @@ def expert_mlp(
         recompute_gate_up: keep no z for backward, compute it again there.
         x: the tokens ``[T, H]`` that `dispatch` made `rows` of, in the rows' dtype; P = 1 alone.
             With it x is kept for backward, which dispatches it again, and `rows` are not.
+        main_grads: fp32 tensors of the shapes of `gate_up` and `down`, to which backward adds the
+            weights' gradients in place, call after call; the weights' ``.grad`` stays None.
+            Without FSDP alone, which needs the gradients returned.
 
     Returns:
         ``[R, H]`` of the rows' dtype. Rows behind the last segment are not written, and whatever
         they hold in `rows` reaches no result.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, or x with a plan of several ranks.
+        ValueError: a shape, dtype or device that does not fit, x with a plan of several ranks, or
+            main_grads of a DTensor.
 
     Not collective. Host syncs: none on the CPU and with the hand-written and grouped kernels
     (bfloat16); the loop over experts that float32, float16 and odd sizes take on CUDA waits once
@@ -56,6 +62,9 @@ def expert_mlp(
             f"x goes with a plan of one rank, got one of group {plan.group_name!r}, whose rows "
             f"came from other ranks too (pass no x)."
         )
+    if main_grads is not None:
+        gate_up = with_main_grad(gate_up, main_grads[0], "gate_up")
+        down = with_main_grad(down, main_grads[1], "down")
     y: torch.Tensor = torch.ops.torch_moe_ep.expert_mlp(
         rows,
         row_weights,

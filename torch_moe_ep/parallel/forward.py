@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.ops.main_grad import WITH_FSDP
 from torch_moe_ep.parallel.batch_check import warn_of_equal_batches
 from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_param_groups, fsdp_state
 
@@ -164,6 +165,8 @@ def _check_dense_world(state: ExpertParallelState) -> None:
 def _check_experts(state: ExpertParallelState) -> None:
     for name, module in state.experts.items():
         for key, param in module.named_parameters(recurse=False):
+            if getattr(param, "main_grad", None) is not None:
+                raise ValueError(f"{name}.{key} {WITH_FSDP}.")
             if param.is_meta:
                 raise ValueError(
                     f"{name}.{key} is on the meta device; call model.to_empty(device=...) and load "
