@@ -54,8 +54,10 @@ FINDING = re.compile(
     r"|(Potential )?(RAW|WAR|WAW) hazard|Race|Barrier error|Program hit|Kernel)",
     re.MULTILINE,
 )
+TOO_LONG = "========= Internal Sanitizer Error: ran past"
 BROKE_OFF = re.compile(r"^========= (Internal Sanitizer Error.*)$", re.MULTILINE)
 PASSED = re.compile(r"(\d+) passed")
+FAILED = re.compile(r"\d+ failed|\d+ errors? in ")
 SM90_GEMMS = re.compile(r"-auto\]|\[auto-.*bfloat16")
 
 
@@ -120,16 +122,19 @@ def run_under(tool: str, command: Sequence[str], kernel: str | None, timeout: fl
     if tool == "initcheck":
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     started = time.monotonic()
-    done = subprocess.run(
-        [compute_sanitizer(), *options, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        env=environment,
-        check=False,
-    )
-    return Report(done.stdout, time.monotonic() - started)
+    try:
+        text = subprocess.run(
+            [compute_sanitizer(), *options, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
+        ).stdout
+    except subprocess.TimeoutExpired:
+        text = f"{TOO_LONG} {timeout:g} s\n"
+    return Report(text, time.monotonic() - started)
 
 
 def build_faults(folder: str) -> str:
@@ -141,21 +146,16 @@ def build_faults(folder: str) -> str:
 
 
 def planted_row(tool: str, program: str, timeout: float) -> dict[str, Any]:
-    """What the tool says of the planted fault.
-
-    Raises:
-        RuntimeError: it did not find it, with the end of what it printed.
-    """
+    """What the tool says of the planted fault; not finding it is not clean."""
     report = run_under(tool, [program, tool], "planted", timeout)
     found = report.findings("planted")
-    if not found:
-        raise RuntimeError(f"{tool} did not find the planted fault:\n{report.text[-2000:]}")
     row = {"name": tool, "case": "planted fault", "value": len(found), "unit": "findings"}
-    return {**row, "message": found[0]}
+    message = found[0] if found else report.broke_off or "not found: the tool's run proves nothing"
+    return {**row, "message": message, "is_clean": bool(found)}
 
 
 def case_rows(tool: str, report: Report) -> list[dict[str, Any]]:
-    """What a run of the small cases showed; `is_clean` of the last row decides the exit status."""
+    """What a run of the small cases showed."""
     passed = PASSED.search(report.text)
     base = {"name": tool, "case": CASE_TABLE}
     rows: list[dict[str, Any]] = [
@@ -163,7 +163,10 @@ def case_rows(tool: str, report: Report) -> list[dict[str, Any]]:
         {**base, "value": round(report.seconds, 1), "unit": "s"},
     ]
     found = report.findings(OURS)
-    broke_off = report.broke_off if passed else report.broke_off or "no test passed"
+    failed = FAILED.search(report.text)
+    broke_off = report.broke_off or (f"tests: {failed[0].removesuffix(' in ')}" if failed else None)
+    if not passed:
+        broke_off = broke_off or "no test passed"
     last = {**base, "value": len(found), "unit": f"findings in {OURS}"}
     if broke_off or found:
         last["message"] = broke_off or found[0]
@@ -200,12 +203,13 @@ def main() -> int:
         program = build_faults(folder)
         for tool in arguments.tools:
             rows = [planted_row(tool, program, arguments.timeout)]
-            child = [sys.executable, "-m", "tests.sanitize", "--cases_for", tool]
-            kernel = None if tool == "initcheck" else OURS
-            report = run_under(tool, child, kernel, arguments.timeout)
-            if arguments.logs:
-                (arguments.logs / f"{tool}.log").write_text(report.text)
-            rows += case_rows(tool, report)
+            if rows[0]["is_clean"]:
+                child = [sys.executable, "-m", "tests.sanitize", "--cases_for", tool]
+                kernel = None if tool == "initcheck" else OURS
+                report = run_under(tool, child, kernel, arguments.timeout)
+                rows += case_rows(tool, report)
+                if arguments.logs:
+                    (arguments.logs / f"{tool}.log").write_text(report.text)
             is_clean &= bool(rows[-1]["is_clean"])
             sys.stdout.write(common.format_table(rows) + "\n")
             # Tool by tool: a run that is cut off keeps what it has found.

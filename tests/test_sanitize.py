@@ -47,8 +47,12 @@ def test_findings_are_counted_in_our_kernels_alone() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(BROKEN_OFF, "Internal Sanitizer Error"), ("========= COMPUTE-SANITIZER\n", "no test passed")],
-    ids=["tool error", "nothing ran"],
+    [
+        (BROKEN_OFF, "Internal Sanitizer Error"),
+        ("========= COMPUTE-SANITIZER\n", "no test passed"),
+        (CLEAN.replace("169 passed", "1 failed, 168 passed"), "tests: 1 failed"),
+    ],
+    ids=["tool error", "nothing ran", "a test failed"],
 )
 def test_run_that_proves_nothing_is_not_clean(text: str, message: str) -> None:
     row = last_row(text)
@@ -71,3 +75,22 @@ def test_racecheck_leaves_the_sm90_gemms_out() -> None:
         ("racecheck", "sm80"): True,
         ("racecheck", "torch"): False,
     }
+
+
+@pytest.mark.parametrize(
+    ("printed", "is_clean", "message"),
+    [
+        ("========= Invalid __global__ write of size 4\n=== at planted_write()", True, "Invalid"),
+        ("========= ERROR SUMMARY: 0 errors\n", False, "proves nothing"),
+        (f"{sanitize.TOO_LONG} 9 s\n", False, "ran past 9 s"),
+    ],
+    ids=["found", "not found", "too long"],
+)
+def test_planted_fault_decides_whether_a_tool_is_believed(
+    printed: str, is_clean: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = sanitize.Report(printed, 1.0)
+    monkeypatch.setattr(sanitize, "run_under", lambda *_: report)
+    row = sanitize.planted_row("memcheck", "program", 9.0)
+    assert row["is_clean"] is is_clean
+    assert message in row["message"]
