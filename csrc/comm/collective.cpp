@@ -139,6 +139,7 @@ at::Tensor Exchange::wait() {
   if (device.is_cpu()) {
     attempt([this] { work_->wait(); });
   } else {
+    TORCH_INTERNAL_ASSERT(done_.has_value(), "waited for twice");
     done_->block(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
   }
   input_.reset();
@@ -206,20 +207,22 @@ std::vector<at::Tensor> all_to_all_rows(const std::vector<at::Tensor>& tensors,
   }
   std::vector<at::Tensor> received(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (exchanges[i].has_value()) received[i] = exchanges[i]->wait();
+    std::optional<Exchange>& exchange = exchanges[i];
+    if (exchange.has_value()) received[i] = exchange->wait();
   }
   return received;
 }
 
 CountExchange::CountExchange(const at::Tensor& row, const std::string& group_name)
     : exchange_(start_all_gather(row, group_name)) {
-  if (!exchange_.stream_.has_value()) return;
+  const std::optional<c10::Stream> stream = exchange_.stream_;
+  if (!stream.has_value()) return;
   const at::Tensor& counts = exchange_.output_;
-  const c10::StreamGuard guard(*exchange_.stream_);
+  const c10::StreamGuard guard(*stream);
   host_counts_ = at::empty(counts.sizes(), counts.options().device(at::kCPU).pinned_memory(true));
   host_counts_.copy_(counts, /*non_blocking=*/true);
   is_on_host_.emplace(counts.device().type());
-  is_on_host_->record(*exchange_.stream_);
+  is_on_host_->record(*stream);
 }
 
 CountExchange::Counts CountExchange::wait() {

@@ -1,7 +1,4 @@
-"""Expert parallelism over NCCL with several ranks on one GPU: right values, no timings.
-
-NCCL refuses two ranks on one GPU unless each names another host; the ranks then talk over sockets.
-"""
+"""Expert parallelism over NCCL with several ranks on one GPU: right values, no timings."""
 
 from __future__ import annotations
 
@@ -14,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.launch_order import EXPERTS, forward_on_two_ranks, rows_in_flight
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, ops
 from torch_moe_ep.testing import (
     LoneExperts,
@@ -23,6 +21,7 @@ from torch_moe_ep.testing import (
     batch_of,
     random_routing,
     relative_error,
+    share_the_gpu,
     tiny_mixtral,
 )
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
@@ -52,22 +51,6 @@ def gpu_ranks() -> Iterator[Callable[[int], RankPool]]:
         pool.close()
 
 
-def enter_rank() -> int:
-    """Take the one GPU; before the first collective, which is when NCCL reads its settings."""
-    rank = dist.get_rank()
-    os.environ.update(
-        LOCAL_RANK="0",
-        NCCL_HOSTID=f"rank{rank}",
-        NCCL_SOCKET_IFNAME="lo",
-        NCCL_IB_DISABLE="1",
-        NCCL_P2P_DISABLE="1",
-        NCCL_SHM_DISABLE="1",
-    )
-    torch.cuda.set_device(0)
-    torch.cuda.init()
-    return rank
-
-
 def case_of_rank(rank: int, top_k: int) -> Case:
     """Ranks differ in their number of tokens; rank 1 has none."""
     return Case(0 if rank == 1 else 150 + 40 * rank, 8, top_k, 48, "skewed", torch.float32)
@@ -75,7 +58,7 @@ def case_of_rank(rank: int, top_k: int) -> Case:
 
 def move_with_constant_experts(top_k: int) -> list[bool]:
     """Expert e multiplies by e + 1: every copy reached its own expert and came back (trap 16)."""
-    rank = enter_rank()
+    rank = share_the_gpu()
     case = case_of_rank(rank, top_k)
     ids = expert_ids_of(case, seed=rank).cuda()
     x = integers(case.num_tokens, case.hidden, dtype=case.dtype, seed=rank).cuda().requires_grad_()
@@ -103,7 +86,7 @@ def move_with_constant_experts(top_k: int) -> list[bool]:
 
 def mlp_errors(dtype: torch.dtype) -> list[float]:
     """Errors of y and of the gradients against the same operators with P = 1 on each rank."""
-    rank = enter_rank()
+    rank = share_the_gpu()
     world_size = dist.get_world_size()
     case = case_of_rank(rank, 2)
     ids = expert_ids_of(case, seed=rank).cuda()
@@ -137,7 +120,7 @@ def mlp_errors(dtype: torch.dtype) -> list[float]:
 
 def refused_rows(max_rows: int) -> str:
     """The message of a plan whose rows do not fit on one of the ranks."""
-    rank = enter_rank()
+    rank = share_the_gpu()
     ids = torch.zeros(200, 1, dtype=torch.long, device="cuda") + (rank == 0)
     try:
         ops.plan(ids, 8, group_name=dist.group.WORLD.group_name, max_rows=max_rows)
@@ -148,7 +131,7 @@ def refused_rows(max_rows: int) -> str:
 
 def refused_id() -> str:
     """The message of a plan in which the last rank names an expert that does not exist."""
-    rank = enter_rank()
+    rank = share_the_gpu()
     os.environ["TORCH_MOE_EP_CHECK"] = "1"
     ids = torch.arange(20, device="cuda").view(10, 2) % 8
     if rank == dist.get_world_size() - 1:
@@ -164,7 +147,7 @@ def refused_id() -> str:
 
 def host_waits_of_a_layer() -> tuple[int, int]:
     """Waits of the host for the GPU in one layer's forward and backward, as the profiler saw."""
-    rank = enter_rank()
+    rank = share_the_gpu()
     mesh = init_device_mesh("cuda", dist.get_world_size())
     experts = apply_expert_parallel(LoneExperts().cuda().bfloat16(), mesh)
     x = torch.randn(300 + rank, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -190,7 +173,7 @@ def num_host_waits(profiled: profile) -> int:
 
 def message_of_cpu_mesh_beside_gpu_mesh() -> str:
     """fully_shard without a mesh takes the GPU; the experts were put on the CPU."""
-    enter_rank()
+    share_the_gpu()
     mesh = init_device_mesh("cpu", 2)
     model = wrap(apply_expert_parallel(tiny_mixtral(), mesh), "fsdp2", mesh)
     with pytest.raises(ValueError) as caught:
@@ -200,7 +183,7 @@ def message_of_cpu_mesh_beside_gpu_mesh() -> str:
 
 def message_without_the_last_rank() -> str:
     """What a rank says whose partner stays away from the second batch."""
-    rank = enter_rank()
+    rank = share_the_gpu()
     mesh = init_device_mesh("cuda", 2)
     experts = apply_expert_parallel(LoneExperts().cuda(), mesh)
     os.environ["TORCH_MOE_EP_TIMEOUT_S"] = "3"
@@ -217,7 +200,7 @@ def message_without_the_last_rank() -> str:
 
 def layer_with(config: dict[str, object]) -> dict[str, torch.Tensor]:
     """Output and gradients of lone experts; ranks hold different numbers of tokens."""
-    rank = enter_rank()
+    rank = share_the_gpu()
     mesh = init_device_mesh("cuda", dist.get_world_size())
     experts = apply_expert_parallel(LoneExperts(8).cuda(), mesh, MoEConfig(**config))
     tokens = 0 if rank == 1 else 70 + 30 * rank
@@ -234,7 +217,7 @@ def layer_with(config: dict[str, object]) -> dict[str, torch.Tensor]:
 
 def train(expert_parallel_degree: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of three SGD steps under FSDP2 and the full gradients of the first."""
-    rank = enter_rank()
+    rank = share_the_gpu()
     mesh = init_device_mesh("cuda", expert_parallel_degree)
     model = apply_expert_parallel(tiny_mixtral(router_scale=20.0).cuda(), mesh)
     model = wrap(model, "fsdp2", mesh)
@@ -343,3 +326,43 @@ def test_ranks_partner_that_stays_away_is_named_before_nccl_gives_up() -> None:
     said = caught.value.results[0]
     assert "the all-gather of numbers failed on global rank 0" in said
     assert "global ranks that did not take part: 1 " in said
+
+
+def test_ranks_counts_are_gathered_before_rows_are_packed_and_fsdp_gathers_beside() -> None:
+    """In the order of launches; the next layer's all-gather is on its way while rows travel."""
+    launches = forward_on_two_ranks(layers=3)
+    names = [
+        "counts" if "AllGather" in it.name else "rows" if "SendRecv" in it.name else "pack"
+        for it in launches
+        if it.lane == EXPERTS or "pack_rows" in it.name
+    ]
+    # A layer: counts, send buffer packed, rows and weights sent, received ones packed, rows back.
+    assert names == ["counts", "pack", "rows", "rows", "pack", "rows"] * 3
+    sent_first = rows_in_flight(launches)[::3]
+    assert len(sent_first) == 3
+    # Each layer but the last has asked for the next one's weights before its rows leave.
+    assert all(count > 0 for count in sent_first[:2])
+
+
+def rows_beside_poisoned_memory() -> bool:
+    """Memory freed by the operators is taken and poisoned at once, while rows travel."""
+    rank = share_the_gpu()
+    hidden, tokens = 4096, 2000 + rank
+    ids, weights = random_routing(tokens, 2, 8, seed=rank)
+    ids, weights = ids.cuda(), weights.cuda()
+    x = integers(tokens, hidden, dtype=torch.float32, seed=rank).cuda()
+    for _ in range(3):
+        plan, packed = ops.plan_and_pack(x, weights, ids, 8, group_name=dist.group.WORLD.group_name)
+        rows, _ = ops.dispatch(x, weights, plan, packed)
+        del packed
+        poison = [torch.full((2 * tokens, hidden), float("nan"), device="cuda") for _ in range(4)]
+        y = ops.combine(rows, plan)
+        poison += [torch.full((2 * tokens, hidden), float("nan"), device="cuda") for _ in range(4)]
+        if not torch.equal(y, 2 * x):
+            return False
+        del poison
+    return True
+
+
+def test_ranks_no_buffer_is_reused_while_rows_travel(gpu_ranks: Callable[[int], RankPool]) -> None:
+    assert gpu_ranks(2).run(rows_beside_poisoned_memory, timeout_s=TIMEOUT_S) == [True, True]

@@ -17,7 +17,7 @@ from torch_moe_ep.testing.models import (
     random_routing,
     tiny_mixtral,
 )
-from torch_moe_ep.testing.ranks import RankFailure, RankPool
+from torch_moe_ep.testing.ranks import RankFailure, RankPool, share_the_gpu
 
 __all__ = [
     "LoneExperts",
@@ -28,5 +28,6 @@ __all__ = [
     "make_local_expert_parallel",
     "random_routing",
     "relative_error",
+    "share_the_gpu",
     "tiny_mixtral",
 ]

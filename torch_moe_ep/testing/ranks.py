@@ -214,6 +214,27 @@ class RankPool:
             self._folder = None
 
 
+def share_the_gpu() -> int:
+    """Let this rank use the one GPU beside others; returns the rank.
+
+    To be called before the first collective, which is when NCCL reads its settings: it refuses two
+    ranks on one GPU unless each names another host, and they then talk over sockets. For functions
+    of a pool with ``backend="nccl"``: right values, no speeds.
+    """
+    rank = dist.get_rank()
+    os.environ.update(
+        LOCAL_RANK="0",
+        NCCL_HOSTID=f"rank{rank}",
+        NCCL_SOCKET_IFNAME="lo",
+        NCCL_IB_DISABLE="1",
+        NCCL_P2P_DISABLE="1",
+        NCCL_SHM_DISABLE="1",
+    )
+    torch.cuda.set_device(0)
+    torch.cuda.init()
+    return rank
+
+
 def _server_context() -> ForkServerContext:
     """The fork server's context; the server starts with the first worker of the session."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
