@@ -30,6 +30,7 @@ GENERIC = "torch_moe_ep sm80"
 GROUPED = "torch grouped_mm"
 LOOP = "loop of torch mm"
 KERNELS = "TORCH_MOE_EP_KERNELS"
+WISH = os.environ.get(KERNELS, "auto")  # the user's, before a candidate sets its own
 ALIGNMENT = 128
 
 Gemm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -122,7 +123,7 @@ def implementations(case: Case) -> dict[str, Gemm]:
         LOOP: lambda a, b: loop(case, a, b),
     }
     if case.a.is_cuda:
-        wishes = {OURS: os.environ.get(KERNELS, "auto"), GENERIC: "sm80"}
+        wishes = {OURS: WISH, GENERIC: "sm80"}
         found = {**{name: _ours(case, wish) for name, wish in wishes.items()}, **found}
     return found
 
