@@ -107,15 +107,14 @@ def forward_on_two_ranks(layers: int = 3) -> list[Launch]:
     return found
 
 
-def rows_in_flight(launches: list[Launch]) -> list[int]:
-    """For each exchange of rows, how many all-gathers of FSDP were launched since the last one."""
-    counts, since = [], 0
+def gathers_before_rows(launches: list[Launch]) -> list[int]:
+    """For each exchange of rows, how many all-gathers of FSDP were launched before it."""
+    counts, num_gathers = [], 0
     for launch in launches:
         if launch.lane == SHARDS and "AllGather" in launch.name:
-            since += 1
+            num_gathers += 1
         elif launch.lane == EXPERTS and "SendRecv" in launch.name:
-            counts.append(since)
-            since = 0
+            counts.append(num_gathers)
     return counts
 
 

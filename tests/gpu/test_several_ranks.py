@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.launch_order import EXPERTS, forward_on_two_ranks, rows_in_flight
+from benchmarks.launch_order import EXPERTS, forward_on_two_ranks, gathers_before_rows
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, ops
 from torch_moe_ep.testing import (
     LoneExperts,
@@ -338,10 +338,8 @@ def test_ranks_counts_are_gathered_before_rows_are_packed_and_fsdp_gathers_besid
     ]
     # A layer: counts, send buffer packed, rows and weights sent, received ones packed, rows back.
     assert names == ["counts", "pack", "rows", "rows", "pack", "rows"] * 3
-    sent_first = rows_in_flight(launches)[::3]
-    assert len(sent_first) == 3
-    # Each layer but the last has asked for the next one's weights before its rows leave.
-    assert all(count > 0 for count in sent_first[:2])
+    # Root, first and second layer before the first rows leave, then one layer ahead.
+    assert gathers_before_rows(launches)[::3] == [3, 4, 4]
 
 
 def rows_beside_poisoned_memory() -> bool:

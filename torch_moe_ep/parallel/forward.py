@@ -94,11 +94,11 @@ def _start(state: ExpertParallelState) -> None:
     roots = [fsdp_state(module)._is_root for module in experts]
     if all(is_root is None for is_root in roots) and not state.fsdp2_modules():
         state.root = _make_root(state)
-        _prefetch_forward(experts)
+        _prefetch_forward(experts, [])
     elif all(is_root is False for is_root in roots):
         contexts = {id(fsdp_state(module)._state_ctx) for module in experts}
         if len(contexts) == 1:
-            _prefetch_forward(experts)
+            _prefetch_forward(experts, state.fsdp2_modules())
     state.is_started = True
 
 
@@ -116,17 +116,26 @@ def _make_root(state: ExpertParallelState) -> nn.Module:
     return root
 
 
-def _prefetch_forward(experts: list[ExpertParallelExperts]) -> None:
-    """Gather the next layer's experts while this layer computes.
+def _prefetch_forward(experts: list[ExpertParallelExperts], others: list[nn.Module]) -> None:
+    """Gather the next layer, experts and what is sharded around them, while this one computes.
 
     Expert parallelism blocks the CPU on its token counts, so the CPU runs ahead too little for
-    FSDP2's implicit prefetch. Lists that the user has set stay.
+    FSDP2's implicit prefetch: what is not asked for before rows are sent is gathered after them.
+    Lists that the user has set stay.
+
+    Args:
+        experts: in the order of the forward.
+        others: the modules that the user gave to ``fully_shard``.
     """
+    inside = {other: set(other.modules()) for other in others}
     for module, following in itertools.pairwise(experts):
         assert isinstance(module, FSDPModule)
         assert isinstance(following, FSDPModule)
+        around: list[Any] = [
+            other for other, parts in inside.items() if following in parts and module not in parts
+        ]
         if not fsdp_state(module)._states_to_forward_prefetch:
-            module.set_modules_to_forward_prefetch([following])
+            module.set_modules_to_forward_prefetch([*around, following])
 
 
 def _check_dense_world(state: ExpertParallelState) -> None:
