@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, layer, results
+from benchmarks import common, layer, results, transport
 from benchmarks.routing import ROUTINGS, copies_per_expert, expert_ids
 
 
@@ -82,3 +82,13 @@ def test_ratios_from_elsewhere_are_marked(monkeypatch: pytest.MonkeyPatch) -> No
     assert layer.sonic_rows(layer.Case(1024)) == []
     monkeypatch.setattr(layer, "_has_sonicmoe", lambda: True)
     assert layer.sonic_rows(layer.Case(16384)) == []
+
+
+def test_transport_reports_bytes_of_every_exchange(ranks):
+    case = transport.Case(64, 16, 2, 8, runs=1, device_type="cpu", has_own_gpu=False)
+    rows = ranks(2).run(transport.measure, case)[0]
+    sent = {row["name"]: row["value"] for row in rows if row["unit"] == "bytes sent"}
+    # Half of the 128 copies stay; gathered tokens leave whole, and their sums in fp32.
+    assert sent.pop("torch_moe_ep all-gather dispatcher, there and back") == 64 * 16 * 4 * 2
+    assert set(sent.values()) == {64 * 16 * 4} and len(sent) == 3
+    assert {row["case"] for row in rows} == {f"P=2 T=64 H=16 K=2 E=8 ({transport.NOT_A_SPEED})"}
