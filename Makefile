@@ -134,4 +134,4 @@ kernel-report: $(STAMPS)/build
 
 .PHONY: clean
 clean:
-	rm -rf build dist .venv .venv-* *.egg-info torch_moe_ep/_ops.* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist .venv .venv-* *.egg-info torch_moe_ep/_ops.* torch_moe_ep/_hooks.*.so .mypy_cache .ruff_cache .pytest_cache

@@ -1,8 +1,9 @@
-"""Builds the operator library of torch_moe_ep; everything else is in pyproject.toml.
+"""Builds the libraries of torch_moe_ep; everything else is in pyproject.toml.
 
-The library has no Python in it: no module init function and no link to libpython or
+The operator library has no Python in it: no module init function and no link to libpython or
 libtorch_python. One binary serves every CPython, and torch_moe_ep/_library.py loads it with
-torch.ops.load_library.
+torch.ops.load_library. The second one, of csrc/python, shows Python the process-group hooks of the
+first, is small, and belongs to one CPython.
 
 Environment:
     TORCH_MOE_EP_CUDA     auto (default: with CUDA when torch has it and nvcc is found), 0 or 1
@@ -19,12 +20,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 LICENSE = "Apache-2.0"
 DEFAULT_ARCHITECTURES = "8.0+PTX;9.0a"
 CUDA_ONLY_FOLDERS = ("sm80", "sm90")
+OPERATORS, HOOKS = "torch_moe_ep._ops", "torch_moe_ep._hooks"
 COMMANDS_WITHOUT_TORCH = ("sdist", "egg_info", "clean", "--name", "--version")
 NO_TORCH = (
     "torch_moe_ep is compiled against the torch that will run it, and no torch can be imported "
@@ -83,11 +85,12 @@ def is_cuda_only(source: Path) -> bool:
 
 
 def find_sources(with_cuda: bool) -> list[str]:
-    """Returns the sources relative to the root; two of one stem would share an object file."""
+    """Returns the operators' sources relative to the root; two of one stem share an object file."""
     found = sorted(
         path.relative_to(ROOT)
         for pattern in ("*.cpp", "*.cu")
         for path in (ROOT / "csrc").rglob(pattern)
+        if path.parent != ROOT / "csrc" / "python"
     )
     sources = [path for path in found if with_cuda or not is_cuda_only(path)]
     stems: dict[Path, Path] = {}
@@ -104,24 +107,39 @@ def system_includes(with_cuda: bool) -> list[str]:
     return [flag for path in cpp_extension.include_paths(device) for flag in ("-isystem", path)]
 
 
-def make_extension(with_cuda: bool) -> cpp_extension.CppExtension:
-    """Describes the library: sources, warnings as errors, every symbol resolved at link time."""
-    includes = system_includes(with_cuda)
+def cxx_flags() -> list[str]:
+    """Returns the host compiler's flags: warnings as errors, symbols hidden unless marked."""
     # Without -fopenmp at::parallel_for, a header, runs on one thread.
-    cxx = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+    flags = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
     # A newer torch may deprecate what the oldest supported one has no other name for.
-    cxx += ["-Wall", "-Wextra", "-Werror", "-Wno-error=deprecated-declarations"]
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-error=deprecated-declarations"]
     # g++ 13 sees an array end that is none in torch's save_for_backward({...}).
-    cxx += ["-Wno-error=array-bounds"]
+    return [*flags, "-Wno-error=array-bounds"]
+
+
+def make_operators(with_cuda: bool) -> cpp_extension.CppExtension:
+    """Describes the operator library: every symbol resolved at link time."""
+    includes = system_includes(with_cuda)
     nvcc = ["-std=c++20", "-O3", "-lineinfo", "-Werror", "all-warnings"]
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     return make(
-        name="torch_moe_ep._ops",
+        name=OPERATORS,
         sources=find_sources(with_cuda),
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": cxx + includes, "nvcc": nvcc + includes},
+        extra_compile_args={"cxx": cxx_flags() + includes, "nvcc": nvcc + includes},
         extra_link_args=["-fopenmp", "-Wl,--no-undefined", "-Wl,--as-needed"],
         py_limited_api=True,
+    )
+
+
+def make_hooks() -> cpp_extension.CppExtension:
+    """Describes the hooks' library, which finds the operators' beside it when it is loaded."""
+    return cpp_extension.CppExtension(
+        name=HOOKS,
+        sources=["csrc/python/hooks_module.cpp"],
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": cxx_flags() + system_includes(with_cuda=False)},
+        extra_link_args=[f"-l:_ops.torch{torch_release()}.so", "-Wl,-rpath,$ORIGIN"],
     )
 
 
@@ -152,16 +170,21 @@ class BuildLibrary(cpp_extension.BuildExtension):
         self.build_temp = str(ROOT / "build" / "objects" / variant)
 
     def get_ext_filename(self, ext_name: str) -> str:
-        return f"{ext_name.replace('.', os.sep)}.torch{torch_release()}.so"
+        python = f".{sys.implementation.cache_tag}" if ext_name.endswith("_hooks") else ""
+        return f"{ext_name.replace('.', os.sep)}.torch{torch_release()}{python}.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name == HOOKS:  # the operators come first in the list and are built by now
+            ext.library_dirs.append(str(Path(self.get_ext_fullpath(OPERATORS)).parent.resolve()))
+        super().build_extension(ext)
 
     def run(self) -> None:
         # build/ outlives a build: a wheel must not take along what was built for another torch.
-        for stale in (Path(self.build_lib) / "torch_moe_ep").glob("_ops.*"):
+        for stale in (Path(self.build_lib) / "torch_moe_ep").glob("_*.torch*"):
             stale.unlink()
         super().run()
-        for extension in self.extensions:
-            library = Path(self.get_ext_fullpath(extension.name))
-            library.with_suffix(".json").write_text(json.dumps(build_info(), indent=2) + "\n")
+        note = Path(self.get_ext_fullpath(OPERATORS)).with_suffix(".json")
+        note.write_text(json.dumps(build_info(), indent=2) + "\n")
 
 
 def build_info() -> dict[str, str | bool | None]:
@@ -181,10 +204,10 @@ if WITH_CUDA:
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     print(f"torch_moe_ep: {nvcc_path()}, architectures {architectures}")
 use_ccache(WITH_CUDA)
-EXTENSION = make_extension(WITH_CUDA)
+OPERATOR_LIBRARY = make_operators(WITH_CUDA)
 setup(
     license=LICENSE,
-    ext_modules=[EXTENSION] if EXTENSION.sources else [],
+    ext_modules=[OPERATOR_LIBRARY, make_hooks()] if OPERATOR_LIBRARY.sources else [],
     cmdclass={"build_ext": BuildLibrary},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

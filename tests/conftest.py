@@ -11,11 +11,21 @@ from torch_moe_ep.testing import RankPool
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
     """`ranks(W)` gives the module's pool of W ranks; its workers start at the first case."""
+    yield from _pools("gloo")
+
+
+@pytest.fixture(scope="module")
+def hooked_ranks() -> Iterator[Callable[[int], RankPool]]:
+    """The same with process-group hooks, by the name of the backend."""
+    yield from _pools("torch_moe_ep_gloo")
+
+
+def _pools(backend: str) -> Iterator[Callable[[int], RankPool]]:
     pools: dict[int, RankPool] = {}
 
     def pool_of(world_size: int) -> RankPool:
         if world_size not in pools:
-            pools[world_size] = RankPool(world_size)
+            pools[world_size] = RankPool(world_size, backend=backend)
         return pools[world_size]
 
     yield pool_of

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from torch_moe_ep import _build_info, _library
+from torch_moe_ep.hooks import library as hooks_library
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = {"torch": "2.99.0", "with_cuda": False, "cuda": None, "nvcc": None, "architectures": None}
@@ -20,8 +21,8 @@ in_checkout = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="need
 needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="needs binutils")
 
 
-def readelf(*options: str) -> str:
-    command = ["readelf", "--wide", *options, str(_build_info.library_path())]
+def readelf(*options: str, library: Path | None = None) -> str:
+    command = ["readelf", "--wide", *options, str(library or _build_info.library_path())]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -103,6 +104,35 @@ def test_library_that_is_missing_in_a_checkout_names_the_build_command(tmp_path)
     (tmp_path / "setup.py").touch()
     with pytest.raises(ImportError, match=r"no compiled library .* setup\.py build_ext --inplace"):
         _library.load(_build_info.library_path(tmp_path / "torch_moe_ep"))
+
+
+@needs_readelf
+def test_hooks_link_the_operators_beside_them():
+    lines = readelf("--dynamic", library=_build_info.hooks_path()).splitlines()
+    assert any(
+        "(NEEDED)" in line and f"[{_build_info.library_path().name}]" in line for line in lines
+    )
+    assert any("(RUNPATH)" in line and "[$ORIGIN" in line for line in lines)
+
+
+def test_hooks_of_another_python_say_both_and_the_command(tmp_path):
+    wanted = _build_info.hooks_path(tmp_path)
+    (tmp_path / wanted.name.replace(sys.implementation.cache_tag, "cpython-399")).touch()
+    with pytest.raises(ImportError) as raised:
+        hooks_library.load(wanted)
+    here = sys.implementation.cache_tag
+    assert f"hooks were built for cpython-399, found {here}: rebuild with `" in str(raised.value)
+
+
+def test_hooks_that_are_missing_or_do_not_load_name_the_command(tmp_path):
+    wanted = _build_info.hooks_path(tmp_path)
+    with pytest.raises(ImportError, match=r"hooks were not built in .*: rebuild with `pip install"):
+        hooks_library.load(wanted)
+    wanted.write_text("not a library")
+    note = _build_info.library_path(tmp_path).with_suffix(".json")
+    note.write_text(json.dumps(NOTE))
+    with pytest.raises(ImportError, match=r"hooks were built for torch 2\.99\.0, .* do not load"):
+        hooks_library.load(wanted)
 
 
 @in_checkout

@@ -17,7 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch_moe_ep import memory, metrics, ops, reference
+    from torch_moe_ep import hooks, memory, metrics, ops, reference
     from torch_moe_ep.checkpoint import (
         export_hf,
         latest_checkpoint,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         init_device_mesh,
         initialize_experts,
         param_groups,
+        set_fsdp_all_gather,
     )
     from torch_moe_ep.routing import set_aux_loss_scale
 
@@ -46,6 +47,7 @@ __all__ = [
     "clip_grad_norm_",
     "dense_mesh",
     "export_hf",
+    "hooks",
     "init_device_mesh",
     "initialize_experts",
     "latest_checkpoint",
@@ -59,10 +61,11 @@ __all__ = [
     "reference",
     "save_checkpoint",
     "set_aux_loss_scale",
+    "set_fsdp_all_gather",
     "wait_for_checkpoint",
 ]
 
-_MODULES = ("memory", "metrics", "ops", "reference")
+_MODULES = ("hooks", "memory", "metrics", "ops", "reference")
 _CHECKPOINT = (
     "export_hf",
     "latest_checkpoint",

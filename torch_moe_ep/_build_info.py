@@ -7,6 +7,7 @@ not load. setup.py builds one library for each release of torch and leaves a not
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ def library_path(folder: Path = PACKAGE_FOLDER) -> Path:
     return folder / f"_ops.torch{release_of(torch.__version__)}.so"
 
 
+def hooks_path(folder: Path = PACKAGE_FOLDER) -> Path:
+    """Returns where the hooks' library for the imported torch and this Python belongs."""
+    name = f"_hooks.torch{release_of(torch.__version__)}.{sys.implementation.cache_tag}.so"
+    return folder / name
+
+
 def read_build_info(library: Path) -> BuildInfo:
     """Returns how the library was built, from the note beside it."""
     fields: dict[str, Any] = json.loads(library.with_suffix(".json").read_text())
@@ -81,3 +88,21 @@ def why_unusable(library: Path) -> str | None:
             f"rebuild with `{command}`"
         )
     return f"torch_moe_ep has no compiled library in {library.parent}: build it with `{command}`"
+
+
+def why_hooks_unusable(hooks: Path) -> str | None:
+    """Returns a sentence on why this Python cannot use the hooks' library, None where it can.
+
+    The operators' library of the same torch is looked at apart (`why_unusable`).
+    """
+    if hooks.is_file():
+        return None
+    command = rebuild_command(hooks.parent)
+    here = sys.implementation.cache_tag
+    others = sorted(hooks.parent.glob(f"_hooks.torch{release_of(torch.__version__)}.*.so"))
+    if others:
+        built = ", ".join(other.name.split(".")[-2] for other in others)
+        return (
+            f"torch_moe_ep's hooks were built for {built}, found {here}: rebuild with `{command}`"
+        )
+    return f"torch_moe_ep's hooks were not built in {hooks.parent}: rebuild with `{command}`"

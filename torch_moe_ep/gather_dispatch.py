@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from torch_moe_ep import ops
+from torch_moe_ep import label, ops
 from torch_moe_ep.gather import all_gather
 from torch_moe_ep.ops import DispatchPlan
 
@@ -22,14 +22,19 @@ class _GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
+        ctx.group, ctx.layer = group, label.current_layer()
+        return _GatherTokens.gather(x, group, ctx.layer, "dispatch")
+
+    @staticmethod
+    def gather(x: torch.Tensor, group: dist.ProcessGroup, layer: int, stage: str) -> torch.Tensor:
         gathered = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        with label.stage(stage, layer):
+            dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
         return gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _scatter_sums(grads[0], ctx.group), None
+        return _scatter_sums(grads[0], ctx.group, ctx.layer, "dispatch backward"), None
 
 
 class _ScatterSums(torch.autograd.Function):
@@ -37,19 +42,22 @@ class _ScatterSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return _scatter_sums(x, group)
+        ctx.group, ctx.layer = group, label.current_layer()
+        return _scatter_sums(x, group, ctx.layer, "combine")
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _GatherTokens.forward(ctx, grads[0], ctx.group), None
+        return _GatherTokens.gather(grads[0], ctx.group, ctx.layer, "combine backward"), None
 
 
-def _scatter_sums(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def _scatter_sums(
+    x: torch.Tensor, group: dist.ProcessGroup, layer: int, stage: str
+) -> torch.Tensor:
     total = torch.empty(
         (x.shape[0] // group.size(), *x.shape[1:]), dtype=torch.float32, device=x.device
     )
-    dist.reduce_scatter_tensor(total, x.float().contiguous(), group=group)
+    with label.stage(stage, layer):
+        dist.reduce_scatter_tensor(total, x.float().contiguous(), group=group)
     return total.to(x.dtype)
 
 
@@ -97,7 +105,9 @@ def gather_tokens(
     Collective over the group (four all-gathers); syncs the host once, for T' and the ids' check.
     """
     num_invalid = ((expert_ids < 0) | (expert_ids >= num_experts)).sum()
-    notes = all_gather(torch.stack([num_invalid.new_tensor(x.shape[0]), num_invalid]), group)
+    own = torch.stack([num_invalid.new_tensor(x.shape[0]), num_invalid])
+    with label.stage("plan", label.current_layer()):
+        notes = all_gather(own, group)
     sizes, invalid = notes.t().tolist()
     for rank, count in enumerate(invalid):
         if count > 0:

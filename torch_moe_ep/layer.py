@@ -1,5 +1,6 @@
 """The expert-parallel experts module: plan, dispatch, expert_mlp, combine."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 
-from torch_moe_ep import ops
+from torch_moe_ep import label, ops
 from torch_moe_ep.config import MoEConfig
 from torch_moe_ep.gather_dispatch import (
     CountCopies,
@@ -29,11 +30,13 @@ class ExpertParallelExperts(nn.Module):
             once per backward. Read by `torch_moe_ep.metrics`.
         invalid_flag: int32 ``[1]``, 1 once an expert id out of range was met on CUDA. Read by
             clipping and by the optimizer's step hook.
-    Both are plain tensors, not buffers: they enter no state dict and no broadcast.
+        layer_name: what process-group hooks call the module.
+    The tensors are plain tensors, not buffers: they enter no state dict and no broadcast.
     """
 
     tokens_per_expert: torch.Tensor
     invalid_flag: torch.Tensor
+    layer_name: str = ""
 
     def setup_expert_parallel(
         self,
@@ -118,10 +121,23 @@ class ExpertParallelExperts(nn.Module):
     # The number of received rows is known at run time alone: nothing for a compiler to specialise.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pipeline_eagerly(self, *args: Any) -> torch.Tensor:
-        return self._pipeline(*args)
+        return self._labelled(self._pipeline, *args)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _gathered_eagerly(
+    def _gathered_eagerly(self, *args: Any) -> torch.Tensor:
+        return self._labelled(self._gathered, *args)
+
+    def _labelled(self, run: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        """Run with this layer's name on what it exchanges, where process groups have hooks."""
+        if not label.is_enabled():
+            return run(*args)
+        before = label.exchange(label.layer_id(self.layer_name))
+        try:
+            return run(*args)
+        finally:
+            label.exchange(*before)
+
+    def _gathered(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The pipeline over all tokens of the EP group, of which this rank's experts take theirs.

@@ -1,4 +1,4 @@
-"""What experts and routers did: token copies of each expert, the router's losses.
+"""What experts, routers and process groups did: copies of each expert, losses, traffic.
 
 Every experts module counts its rank's copies per global expert once per backward (evaluation and
 recomputation by activation checkpointing leave the counters alone). Counting is on the device and
@@ -108,6 +108,53 @@ def router_losses(model: nn.Module, *, reset: bool = False) -> RouterLosses:
         num_dropped={name: int(dropped) for name, (_, _, dropped, _, _) in rows.items()},
         dropped_share={name: row[2] / max(1.0, row[3]) for name, row in rows.items()},
     )
+
+
+class StageTraffic(NamedTuple):
+    """Calls of one stage on one kind of process group since the last reset, of this rank.
+
+    Attributes:
+        group: the group's description: "mesh_ep" for the dimension "ep" of a mesh.
+        stage: "plan", "dispatch", "combine", "dispatch backward" or "combine backward"; outside of
+            the expert layers the operation, such as "all-gather" or "reduce-scatter".
+        calls: collectives, sends and receives begun.
+        bytes: of this rank's inputs to them.
+        milliseconds: of the `timed_calls`. On a GPU what the calling stream gave for them, by two
+            events; on a CPU from the call to the end of its wait.
+        timed_calls: those whose end has been seen. Missing are the last step's on a GPU, those
+            that nobody waited for, and those captured into a CUDA graph.
+    """
+
+    group: str
+    stage: str
+    calls: int
+    bytes: int
+    milliseconds: float
+    timed_calls: int
+
+
+def traffic(*, reset: bool = False) -> list[StageTraffic]:
+    """Read what the process-group hooks (`torch_moe_ep.hooks`) of this process counted.
+
+    Args:
+        reset: start counting anew afterwards.
+
+    Returns:
+        One row a group's description and stage, sorted by both; groups of the same description
+        (EP and FSDP make several) are added up. Empty while no group has hooks.
+
+    Local to this rank; no host sync: GPU times are read a step late.
+    """
+    from torch_moe_ep import label
+
+    if not label.is_enabled():
+        return []
+    from torch_moe_ep.hooks.library import native
+
+    rows = [StageTraffic(*row) for row in native.stage_counts(None)]
+    if reset:
+        native.reset_stage_counts()
+    return rows
 
 
 def reset_expert_load(model: nn.Module) -> None:

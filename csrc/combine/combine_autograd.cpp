@@ -5,6 +5,7 @@
 #include <string>
 
 #include "comm/collective.h"
+#include "comm/label.h"
 #include "common/movement.h"
 
 namespace torch_moe_ep {
@@ -31,6 +32,7 @@ class Combine : public torch::autograd::Function<Combine> {
     auto [x, weights] = call_combine(rows, row_weights, plan);
     save_plan(ctx, plan);
     ctx->saved_data["has_weights"] = row_weights.has_value();
+    ctx->saved_data["layer"] = static_cast<int64_t>(comm::current_label().layer);
     // Not by save_for_backward: other micro-batches change the counter before this one's backward.
     ctx->saved_data["tokens_per_expert"] = tokens_per_expert;
     return {x, weights};
@@ -38,7 +40,9 @@ class Combine : public torch::autograd::Function<Combine> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const bool has_weights = ctx->saved_data["has_weights"].toBool();
-    const Plan plan = saved_plan(ctx);
+    const Plan plan = saved_plan(ctx);  // may run a checkpointed forward again: before the label
+    const auto layer = static_cast<int32_t>(ctx->saved_data["layer"].toInt());
+    const comm::ScopedLabel label({layer, "combine backward"});
     auto [grad_rows, grad_row_weights] = call_dispatch(
         grads[0], has_weights ? std::optional<at::Tensor>(grads[1]) : std::nullopt, plan);
     const auto counter = ctx->saved_data["tokens_per_expert"].toOptional<at::Tensor>();

@@ -10,6 +10,7 @@
 
 #include "combine/combine.h"
 #include "comm/collective.h"
+#include "comm/label.h"
 #include "common/dispatch_dtype.h"
 #include "common/exchange_sizes.h"
 #include "common/segments.h"
@@ -85,6 +86,7 @@ std::tuple<at::Tensor, at::Tensor> combine_cpu(
     return {gather_rows(rows, slot_of_copy, top_k),
             gather_weights(row_weights, slot_of_copy, top_k, rows)};
   }
+  const comm::ScopedStage stage("combine");
   const ExchangeSizes sizes =
       exchange_sizes(host_counts, comm::group_rank(group_name), row_alignment);
   check_combine(rows, row_weights, slot_of_copy, sizes.num_slots, top_k);

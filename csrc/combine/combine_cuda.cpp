@@ -11,6 +11,7 @@
 #include "combine/combine.h"
 #include "combine/combine_kernels.h"
 #include "comm/collective.h"
+#include "comm/label.h"
 #include "common/element_type_of.h"
 #include "common/exchange_sizes.h"
 #include "common/segments.h"
@@ -72,6 +73,7 @@ std::tuple<at::Tensor, at::Tensor> combine_cuda(const at::Tensor& rows,
     Gathered gathered = gather_rows(rows, row_weights, slot_of_copy, top_k);
     return {gathered.out, gathered.weights};
   }
+  const comm::ScopedStage stage("combine");
   const ExchangeSizes sizes =
       exchange_sizes(host_counts, comm::group_rank(group_name), row_alignment);
   check_combine(rows, row_weights, slot_of_copy, sizes.num_slots, top_k);

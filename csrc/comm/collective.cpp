@@ -5,12 +5,10 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <c10/util/accumulate.h>
-#include <c10/util/env.h>
 #include <torch/library.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
-#include <charconv>
 #include <chrono>
 #include <functional>
 #include <map>
@@ -20,6 +18,7 @@
 #include <utility>
 
 #include "comm/failure.h"
+#include "comm/timeout.h"
 
 namespace torch_moe_ep::comm {
 namespace {
@@ -74,17 +73,7 @@ at::Tensor as_bytes(const at::Tensor& rows) {
 }  // namespace
 
 std::chrono::milliseconds exchange_timeout(c10d::ProcessGroup& group, c10::DeviceType device_type) {
-  const auto text = c10::utils::get_env("TORCH_MOE_EP_TIMEOUT_S");
-  if (!text.has_value() || text->empty()) {
-    return group.getBackend(device_type)->getBackendOptions()->timeout * 4 / 5;
-  }
-  int64_t seconds = 0;
-  const char* end = text->data() + text->size();
-  const auto parsed = std::from_chars(text->data(), end, seconds);
-  TORCH_CHECK_VALUE(parsed.ec == std::errc() && parsed.ptr == end && seconds > 0,
-                    "TORCH_MOE_EP_TIMEOUT_S must be a positive whole number of seconds, got ",
-                    *text);
-  return std::chrono::seconds(seconds);
+  return timeout_of(group.getBackend(device_type)->getBackendOptions()->timeout);
 }
 
 int64_t group_size(const std::string& group_name) {

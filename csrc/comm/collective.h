@@ -102,8 +102,7 @@ class CountExchange {
   std::optional<c10::Event> is_on_host_;  // CUDA
 };
 
-// TORCH_MOE_EP_TIMEOUT_S seconds where that is set, else 0.8 of the group's own time-out, so that
-// the error that names ranks comes before the backend's.
+// The time-out of an exchange on the group's backend for a device: timeout_of (timeout.h).
 std::chrono::milliseconds exchange_timeout(c10d::ProcessGroup& group, c10::DeviceType device_type);
 
 }  // namespace torch_moe_ep::comm

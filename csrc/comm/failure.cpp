@@ -6,13 +6,18 @@
 
 #include <chrono>
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <thread>
 #include <vector>
+
+#include "comm/hooks/attach.h"
 
 namespace torch_moe_ep::comm {
 namespace {
 
 constexpr std::chrono::milliseconds kGrace(3000);
+const std::string kOurs = "torch_moe_ep: ";
 
 std::string key_of(int64_t group_rank) {
   return "torch_moe_ep/gave_up/" + std::to_string(group_rank);
@@ -49,7 +54,18 @@ std::string describe_silent(c10d::ProcessGroup& group, c10::DeviceType device_ty
          " (dead, stuck elsewhere, or slower than the time-out)";
 }
 
-// When nobody can be asked: whoever holds the store is gone.
+// What the hooks say where the group has them: they threw the backend's error, or are asked.
+std::optional<std::string> hooks_say(c10d::ProcessGroup& group,
+                                     c10::DeviceType device_type,
+                                     const std::string& backend_message) {
+  if (backend_message.rfind(kOurs, 0) == 0) return backend_message.substr(kOurs.size());
+  auto said = explain_by_hooks(group, device_type, backend_message);
+  if (said.has_value()) said = said->substr(kOurs.size());
+  return said;
+}
+
+}  // namespace
+
 std::string describe_store(c10::intrusive_ptr<c10d::Store> store) {
   while (const auto prefixed = c10::dynamic_intrusive_pointer_cast<c10d::PrefixStore>(store)) {
     store = prefixed->getUnderlyingStore();
@@ -62,12 +78,12 @@ std::string describe_store(c10::intrusive_ptr<c10d::Store> store) {
          ") does not answer: global rank 0 is dead, or the launcher where it holds the store";
 }
 
-}  // namespace
-
 void raise_failure(const std::string& operation,
                    c10d::ProcessGroup& group,
                    c10::DeviceType device_type,
                    const std::string& backend_message) {
+  const auto said = hooks_say(group, device_type, backend_message);
+  TORCH_CHECK(!said.has_value(), kOurs, "the ", operation, " failed; ", *said);
   std::string silent;
   std::string here = "unknown";
   try {
@@ -77,7 +93,8 @@ void raise_failure(const std::string& operation,
     silent = describe_store(group.getStore());
   }
   TORCH_CHECK(false,
-              "torch_moe_ep: the ",
+              kOurs,
+              "the ",
               operation,
               " failed on global rank ",
               here,

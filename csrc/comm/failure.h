@@ -13,10 +13,14 @@ namespace torch_moe_ep::comm {
 //
 // Costs nothing until something fails: a rank that gives up says so in the group's store, waits
 // kGrace for the others to say the same, and names those that did not. A rank that is dead, stuck
-// elsewhere or slower than the time-out by more than the grace is among them.
+// elsewhere or slower than the time-out by more than the grace is among them. Where the group has
+// hooks (hooks/), what they found takes the place of that.
 [[noreturn]] void raise_failure(const std::string& operation,
                                 c10d::ProcessGroup& group,
                                 c10::DeviceType device_type,
                                 const std::string& backend_message);
+
+// Who holds a store that does not answer, as far as that is known.
+std::string describe_store(c10::intrusive_ptr<c10d::Store> store);
 
 }  // namespace torch_moe_ep::comm

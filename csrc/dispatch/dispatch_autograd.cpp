@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "comm/label.h"
 #include "common/movement.h"
 
 namespace torch_moe_ep {
@@ -24,15 +25,17 @@ class Dispatch : public torch::autograd::Function<Dispatch> {
     auto [rows, row_weights] = call_dispatch(x, weights, plan, packed);
     save_plan(ctx, plan);
     ctx->saved_data["has_weights"] = weights.has_value();
+    ctx->saved_data["layer"] = static_cast<int64_t>(comm::current_label().layer);
     return {rows, row_weights};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const bool has_weights = ctx->saved_data["has_weights"].toBool();
-    auto [grad_x, grad_weights] =
-        call_combine(grads[0],
-                     has_weights ? std::optional<at::Tensor>(grads[1]) : std::nullopt,
-                     saved_plan(ctx));
+    const Plan plan = saved_plan(ctx);  // may run a checkpointed forward again: before the label
+    const auto layer = static_cast<int32_t>(ctx->saved_data["layer"].toInt());
+    const comm::ScopedLabel label({layer, "dispatch backward"});
+    auto [grad_x, grad_weights] = call_combine(
+        grads[0], has_weights ? std::optional<at::Tensor>(grads[1]) : std::nullopt, plan);
     return {grad_x, has_weights ? grad_weights : at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };

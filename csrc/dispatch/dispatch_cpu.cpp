@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "comm/collective.h"
+#include "comm/label.h"
 #include "common/exchange_sizes.h"
 #include "common/segments.h"
 #include "dispatch/dispatch.h"
@@ -81,6 +82,7 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cpu(const at::Tensor& x,
     write_padding(packed, expert_offsets, counts, 0);
     return {packed.rows, packed.row_weights};
   }
+  const comm::ScopedStage stage("dispatch");
   const int64_t rank = comm::group_rank(group_name);
   const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);
   PackedRows sent;

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "comm/collective.h"
+#include "comm/label.h"
 #include "common/exchange_sizes.h"
 #include "common/segments.h"
 #include "dispatch/dispatch.h"
@@ -204,6 +205,7 @@ PlanTensors plan_cuda(const at::Tensor& expert_ids,
             sent.row_weights};
   }
   const int64_t num_ranks = comm::group_size(group_name);
+  const comm::ScopedStage stage("plan");
   const int64_t rank = comm::group_rank(group_name);
   check_experts_over_ranks(num_experts, num_ranks);
   // Send order is expert order without padding.
@@ -250,6 +252,7 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cuda(const at::Tensor& x,
     Packed packed = pack_rows(tokens, num_slots, &padding);
     return {packed.rows, packed.row_weights};
   }
+  const comm::ScopedStage stage("dispatch");
   const int64_t rank = comm::group_rank(group_name);
   const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);
   Packed sent;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "comm/collective.h"
+#include "comm/label.h"
 #include "common/exchange_sizes.h"
 #include "common/segments.h"
 #include "dispatch/dispatch.h"
@@ -127,6 +128,7 @@ PlanTensors plan_cpu(const at::Tensor& expert_ids,
             sent.rows,
             sent.row_weights};
   }
+  const comm::ScopedStage stage("plan");
   check_experts_over_ranks(num_experts, comm::group_size(group_name));
   comm::CountExchange exchange(own_counts, group_name);
   at::Tensor slot_of_copy;

@@ -84,6 +84,7 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
     for name, module in found.items():
         swap_experts(module, state, request.config, request.sync_from_rank0)
         assert isinstance(module, ExpertParallelExperts)
+        module.layer_name = name
         state.experts[name] = module
         track(state)
         # Before the next layer's: no rank holds more than one layer of its EP rank's experts whole.

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.ops.main_grad import WITH_FSDP
+from torch_moe_ep.parallel import order
 from torch_moe_ep.parallel.batch_check import warn_of_equal_batches
 from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_param_groups, fsdp_state
 
@@ -49,6 +50,11 @@ def wrap_forward(state: ExpertParallelState) -> None:
     """Wrap ``model.forward`` (signature kept), and ``model.generate`` where there is one."""
     forward = state.model.forward
 
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if state.root is None:
+            return forward(*args, **kwargs)
+        return state.root(functools.partial(forward, *args, **kwargs))
+
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not state.is_started:
@@ -56,9 +62,10 @@ def wrap_forward(state: ExpertParallelState) -> None:
         if not state.is_batch_checked and state.model.training and torch.is_grad_enabled():
             state.is_batch_checked = True
             warn_of_equal_batches(state, args, kwargs)
-        if state.root is None:
-            return forward(*args, **kwargs)
-        return state.root(functools.partial(forward, *args, **kwargs))
+        if torch.compiler.is_compiling() or not order.is_watching():
+            return call(*args, **kwargs)
+        with order.forward_of(state.model, state.wrappers(), next(iter(state.experts.values()))):
+            return call(*args, **kwargs)
 
     state.model.forward = run
     generate = getattr(state.model, "generate", None)

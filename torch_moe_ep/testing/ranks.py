@@ -13,6 +13,7 @@ and shows what they were doing, and the pool starts fresh workers for the next c
 import contextlib
 import faulthandler
 import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -63,7 +64,8 @@ class RankPool:
 
     Args:
         world_size: number of ranks.
-        backend: c10d backend of the default process group; "" makes no process group.
+        backend: c10d backend of the default process group, one of `torch_moe_ep.hooks` among them;
+            "" makes no process group.
         threads: torch intra-op threads per rank.
     """
 
@@ -249,7 +251,7 @@ def _work(
 ) -> None:
     """One worker: run cases until told to stop. Output goes to the rank's log file."""
     torch.set_num_threads(threads)
-    if backend != "nccl":  # torch's defaults, FSDP2's mesh among them, prefer a GPU that they see
+    if "nccl" not in backend:  # torch's defaults, FSDP2's mesh among them, prefer a GPU they see
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -281,6 +283,8 @@ def _join(store: str, rank: int, world_size: int, backend: str) -> None:
     if not backend:
         return
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    if backend.startswith("torch_moe_ep"):
+        importlib.import_module("torch_moe_ep.hooks")  # registers them
     dist.init_process_group(
         backend,
         store=dist.FileStore(store, world_size),

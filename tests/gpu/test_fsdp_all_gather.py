@@ -1,0 +1,92 @@
+"""`set_fsdp_all_gather` on GPUs: the same bits by every way, and no NCCL all-gather kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from torch_moe_ep import apply_expert_parallel, init_device_mesh, set_fsdp_all_gather
+from torch_moe_ep.testing import RankPool, batch_of, tiny_mixtral
+from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
+
+from .cases import requires_gpu
+
+pytestmark = requires_gpu
+
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs of one host")
+TIMEOUT_S = 180.0
+
+
+@pytest.fixture(scope="module")
+def gpu_ranks() -> Iterator[Callable[[int], RankPool]]:
+    """`gpu_ranks(W)` gives a pool of W ranks over NCCL."""
+    pools: dict[int, RankPool] = {}
+
+    def pool_of(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size, backend="nccl")
+        return pools[world_size]
+
+    yield pool_of
+    for pool in pools.values():
+        pool.close()
+
+
+def gradients_by(kind: str | None, num_steps: int = 3):
+    """What was set, gradients of a few steps, and the NCCL all-gathers of the last one."""
+    torch.cuda.set_device(dist.get_rank())
+    mesh = init_device_mesh("cuda", 1)
+    model = tiny_mixtral().cuda()
+    apply_expert_parallel(model, mesh)
+    wrap(model, "fsdp2", mesh)
+    found = "default" if kind is None else set_fsdp_all_gather(model, kind)
+    batch = {name: value.cuda() for name, value in batch_of(dist.get_rank()).items()}
+    for _ in range(num_steps - 1):
+        model(**batch).loss.backward()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        model(**batch).loss.backward()
+        torch.cuda.synchronize()
+    kernels = [event.name for event in trace.events() if "AllGather" in event.name]
+    return found, from_rank0(full_gradients(model)), len(kernels)
+
+
+@needs_two
+@pytest.mark.parametrize("kind", ["copy_engine", "auto"])
+def test_copies_give_the_bits_of_nccl_without_its_kernels(gpu_ranks, kind):
+    _, expected, num_nccl = gpu_ranks(2).run(gradients_by, None, timeout_s=TIMEOUT_S)[0]
+    found, gradients, num_left = gpu_ranks(2).run(gradients_by, kind, timeout_s=TIMEOUT_S)[0]
+    assert found in ("copy_engine", "nccl")
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient), name
+    # What is left is not FSDP2's: the experts' gathers of counts have one rank here.
+    assert num_nccl > 0
+    assert num_left == 0
+
+
+def of_ranks_that_share_a_gpu() -> str:
+    import os
+
+    os.environ.update(
+        LOCAL_RANK="0",
+        NCCL_HOSTID=f"rank{dist.get_rank()}",
+        NCCL_SOCKET_IFNAME="lo",
+        NCCL_IB_DISABLE="1",
+        NCCL_P2P_DISABLE="1",
+        NCCL_SHM_DISABLE="1",
+    )
+    torch.cuda.set_device(0)
+    mesh = init_device_mesh("cuda", 1)
+    model = tiny_mixtral().cuda()
+    apply_expert_parallel(model, mesh)
+    wrap(model, "fsdp2", mesh)
+    return set_fsdp_all_gather(model, "copy_engine")
+
+
+def test_ranks_that_share_a_gpu_keep_the_default(gpu_ranks):
+    with RankPool(2, backend="nccl") as pool:
+        assert pool.run(of_ranks_that_share_a_gpu, timeout_s=TIMEOUT_S) == ["default", "default"]
