@@ -156,6 +156,7 @@ WorkPtr HookedBackend::run(Call call, const Start& start, bool is_between_two) {
   pass_description_on();
   call.label = current_label();
   if (!is_between_two) OrderGuard::get().note(call, getGroupDesc(), getSize());
+  if (is_coalescing_ && !is_between_two) has_coalesced_collectives_ = true;
   Ticket ticket = ledger_->begin(call, is_between_two);
   if (hook_settings().is_checked && !is_between_two && !is_coalescing_) {
     compare_before_start(*ledger_, call, timeout());
@@ -173,11 +174,15 @@ WorkPtr HookedBackend::run(Call call, const Start& start, bool is_between_two) {
 void HookedBackend::startCoalescing() {
   inner_->startCoalescing();
   is_coalescing_ = true;
+  has_coalesced_collectives_ = false;
 }
 
 WorkPtr HookedBackend::endCoalescing() {
   is_coalescing_ = false;
-  return run(call_of("end of coalescing"), [&] { return inner_->endCoalescing(); });
+  return run(
+      call_of("end of coalescing"),
+      [&] { return inner_->endCoalescing(); },
+      /*is_between_two=*/!has_coalesced_collectives_);
 }
 
 WorkPtr HookedBackend::broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) {

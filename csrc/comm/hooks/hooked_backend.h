@@ -139,6 +139,7 @@ class TORCH_MOE_EP_API HookedBackend : public c10d::Backend {
   bool waits_on_host_;
   bool has_options_;
   bool is_coalescing_ = false;
+  bool has_coalesced_collectives_ = false;
   bool is_watched_ = false;
   bool is_described_ = false;
   c10::weak_intrusive_ptr<c10d::ProcessGroup> group_;

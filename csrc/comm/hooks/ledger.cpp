@@ -116,8 +116,10 @@ std::optional<Call> Ledger::overdue(std::chrono::milliseconds timeout) {
       watched_.pop_front();
     }
   }
+  const bool is_known = number <= last_overdue_;
+  last_overdue_ = std::max(last_overdue_, number);
   lock.unlock();
-  return number == 0 ? std::nullopt : call_of(number);
+  return is_known ? std::nullopt : call_of(number);
 }
 
 void Ledger::fail(std::string message) {

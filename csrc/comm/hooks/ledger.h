@@ -73,7 +73,8 @@ class Ledger {
   std::string statement() const;
   std::optional<Call> call_of(uint64_t number) const;
   std::optional<Call> last_call() const;
-  // A call that has not ended on the device though it was issued longer ago; waits for nothing.
+  // A call that has not ended on the device though it was issued longer ago, each once; waits for
+  // nothing.
   std::optional<Call> overdue(std::chrono::milliseconds timeout);
 
   // Said once by the next call that begins.
@@ -102,6 +103,7 @@ class Ledger {
   std::deque<Call> recent_;
   uint64_t num_begun_ = 0;
   uint64_t last_ended_ = 0;
+  uint64_t last_overdue_ = 0;
   std::vector<Counter> counters_;
   Spans spans_;
   std::deque<Watched> watched_;

@@ -4,6 +4,7 @@
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
 #include <chrono>
+#include <functional>
 #include <map>
 #include <string>
 #include <thread>
@@ -62,7 +63,8 @@ void Mailbox::state(const std::string& group_name,
 
 std::map<int, std::string> Mailbox::statements(const std::string& group_name,
                                                int64_t alarm,
-                                               const std::vector<int>& ranks) {
+                                               const std::vector<int>& ranks,
+                                               const std::function<void()>& meanwhile) {
   std::map<int, std::string> said;
   const auto deadline = std::chrono::steady_clock::now() + kGrace;
   while (said.size() < ranks.size() && std::chrono::steady_clock::now() < deadline) {
@@ -71,7 +73,9 @@ std::map<int, std::string> Mailbox::statements(const std::string& group_name,
       const std::string key = statement_key(group_name, alarm, rank);
       if (said.count(rank) == 0 && store_->check({key})) said[rank] = store_->get_to_str(key);
     }
-    if (said.size() < ranks.size()) std::this_thread::sleep_for(kBetweenLooks);
+    if (said.size() == ranks.size()) break;
+    if (meanwhile) meanwhile();
+    std::this_thread::sleep_for(kBetweenLooks);
   }
   return said;
 }

@@ -7,6 +7,7 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
@@ -27,9 +28,11 @@ class Mailbox {
 
   void state(const std::string& group_name, int64_t alarm, int rank, const std::string& text);
   // Statements of `ranks` to an alarm, by rank; returns when all are there or the grace is over.
+  // `meanwhile` is called between the looks: the thread that answers others must not stop to.
   std::map<int, std::string> statements(const std::string& group_name,
                                         int64_t alarm,
-                                        const std::vector<int>& ranks);
+                                        const std::vector<int>& ranks,
+                                        const std::function<void()>& meanwhile = nullptr);
 
  private:
   std::mutex mutex_;

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <sstream>
 #include <string>
@@ -154,7 +155,10 @@ void compare_before_start(const Ledger& ledger,
   TORCH_CHECK(sentences.empty(), failure_of(place, mine), sentences, ". It was not started.");
 }
 
-std::string explain(const Ledger& ledger, const Call& call, const std::string& backend_message) {
+std::string explain(const Ledger& ledger,
+                    const Call& call,
+                    const std::string& backend_message,
+                    const std::function<void()>& meanwhile) {
   const Place place = ledger.place();
   const ReadCall mine = read(call);
   std::string others_say;
@@ -166,8 +170,8 @@ std::string explain(const Ledger& ledger, const Call& call, const std::string& b
     for (int rank = 0; rank < place.size; ++rank) {
       if (rank != place.rank) others.push_back(rank);
     }
-    others_say =
-        findings(place, mine, others, mailbox->statements(place.group_name, alarm, others));
+    const auto said = mailbox->statements(place.group_name, alarm, others, meanwhile);
+    others_say = findings(place, mine, others, said);
   } catch (const std::exception&) {
     others_say = "; " + describe_store(place.store);
   }

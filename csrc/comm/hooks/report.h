@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <functional>
 #include <string>
 
 #include "comm/hooks/ledger.h"
@@ -11,8 +12,11 @@ namespace torch_moe_ep::comm {
 // "torch_moe_ep: collective #7 (...) of group mesh_ep failed on global rank 0; <the others>. The
 // backend said: ..." Raises an alarm in the job's store and waits up to three seconds for the
 // other ranks' statements; names every rank that gave none, has not come to the call, is in another
-// one, or has other sizes, with its layer and stage. Throws nothing.
-std::string explain(const Ledger& ledger, const Call& call, const std::string& backend_message);
+// one, or has other sizes, with its layer and stage. Throws nothing. `meanwhile`: as in Mailbox.
+std::string explain(const Ledger& ledger,
+                    const Call& call,
+                    const std::string& backend_message,
+                    const std::function<void()>& meanwhile = nullptr);
 
 // Raises on every rank of the group when ranks are about to start different calls, or the same with
 // sizes that do not fit, or when one does not come within the time-out. Collective through the

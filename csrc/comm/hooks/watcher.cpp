@@ -42,13 +42,16 @@ void answer(Mailbox& mailbox, const std::vector<Watched>& all) {
 
 // The message goes to the log at once, since the rank may be waiting for its device, and is raised
 // by the next call on the group.
-void look_for_overdue(const Watched& watched) {
+void look_for_overdue(const Watched& watched, const std::vector<Watched>& all) {
   const auto timeout = watched.timeout();
   if (timeout <= std::chrono::milliseconds::zero()) return;
   const auto call = watched.ledger->overdue(timeout);
   if (!call.has_value()) return;
-  const std::string message = explain(
-      *watched.ledger, *call, "nothing within " + std::to_string(timeout.count() / 1000.0) + " s");
+  const std::string message =
+      explain(*watched.ledger,
+              *call,
+              "nothing within " + std::to_string(timeout.count() / 1000.0) + " s",
+              [&] { answer(*watched.mailbox, all); });
   LOG(ERROR) << message;
   watched.ledger->fail(message);
 }
@@ -113,7 +116,7 @@ class Watcher {
           looked.push_back(watched.mailbox.get());
           answer(*watched.mailbox, all);
         }
-        look_for_overdue(watched);
+        look_for_overdue(watched, all);
       } catch (const std::exception& error) {
         LOG(INFO) << "torch_moe_ep: the hooks cannot look for other ranks: " << error.what();
       }
