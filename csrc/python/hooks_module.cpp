@@ -93,9 +93,10 @@ void bind_order_guard(py::module& m) {
         comm::OrderGuard::get().start(store, rank, size);
       },
       py::call_guard<py::gil_scoped_release>());
-  m.def("stop_order_guard",
-        [] { comm::OrderGuard::get().stop(); },
-        py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "stop_order_guard",
+      [] { comm::OrderGuard::get().stop(); },
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       "begin_forward",
       [](const std::string& kind, bool is_inside_backward) {
