@@ -33,6 +33,19 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "str group_name, Tensor? send_rows=None, Tensor? send_weights=None) "
       "-> (Tensor rows, Tensor row_weights)");
 
+  // The same two in two hops, where a token crosses to each node once; bytes_sent [2] grows by the
+  // bytes of rows, and of ids and weights, that leave this rank's node.
+  m.def(
+      "node_plan(Tensor expert_ids, int num_experts, int row_alignment, int max_rows, "
+      "int ranks_per_node, str group_name, Tensor(a!) invalid_flag, Tensor(b!)? bytes_sent=None) "
+      "-> (Tensor row_of_copy, Tensor slot_of_forwarded, Tensor slot_of_received, "
+      "Tensor expert_offsets, Tensor counts, Tensor host_counts)");
+  m.def(
+      "node_dispatch(Tensor x, Tensor? weights, Tensor row_of_copy, Tensor slot_of_forwarded, "
+      "Tensor slot_of_received, Tensor expert_offsets, Tensor counts, Tensor host_counts, "
+      "int top_k, int row_alignment, int ranks_per_node, str group_name, "
+      "Tensor(a!)? bytes_sent=None) -> (Tensor rows, Tensor row_weights)");
+
   // y = (row_weight * silu(rows gate^T) * (rows up^T)) down^T, expert by expert; differentiable.
   // With x and the plan's parts (P = 1) backward dispatches x again instead of keeping rows.
   m.def(
@@ -68,4 +81,10 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "combine(Tensor rows, Tensor? row_weights, Tensor slot_of_copy, Tensor slot_of_received, "
       "Tensor expert_offsets, Tensor counts, Tensor host_counts, int top_k, int row_alignment, "
       "str group_name, Tensor? tokens_per_expert=None) -> (Tensor x, Tensor weights)");
+  // The same in two hops: summed on each node before it crosses.
+  m.def(
+      "node_combine(Tensor rows, Tensor? row_weights, Tensor row_of_copy, "
+      "Tensor slot_of_forwarded, Tensor slot_of_received, Tensor expert_offsets, Tensor counts, "
+      "Tensor host_counts, int top_k, int row_alignment, int ranks_per_node, str group_name, "
+      "Tensor? tokens_per_expert=None, Tensor(a!)? bytes_sent=None) -> (Tensor x, Tensor weights)");
 }

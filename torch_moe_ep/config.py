@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 GRADIENTS = ("mean", "sum")
 RECOMPUTES = ("none", "gate_up")
-TRANSPORTS = ("auto", "collective")
+TRANSPORTS = ("auto", "collective", "hierarchical")
 ROUTINGS = ("huggingface", "none", "aux_loss", "sinkhorn", "balanced", "bias")
 ROUTER_DTYPES = (None, "float32")
 AUX_SCOPES = ("local", "global")
@@ -29,7 +29,10 @@ class MoEConfig:
             every rank of the EP group raises, with the number needed, before rows are allocated.
             0: no bound.
         transport: what carries rows between ranks. "collective": the EP process group's
-            all-to-all. "auto": the best there is, which is the same.
+            all-to-all. "hierarchical": two all-to-alls, where a token crosses to each node once
+            however many of its experts live there, and results are summed on a node before they
+            cross; needs nodes with equally many consecutive ranks of the EP group. "auto":
+            hierarchical where the EP group spans such nodes, else collective.
         dispatcher: "all_to_all": each copy goes to its expert's rank. "all_gather": every rank of
             the EP group gets all tokens of the group; for small groups and for comparison.
             `max_received_rows` bounds the first alone.
@@ -82,6 +85,11 @@ class MoEConfig:
         _check_count("max_slots", self.max_slots)
         _check_count("max_received_rows", self.max_received_rows)
         _check_choice("dispatcher", self.dispatcher, DISPATCHERS)
+        if self.transport == "hierarchical" and self.dispatcher == "all_gather":
+            raise ValueError(
+                'transport="hierarchical" carries copies and dispatcher="all_gather" sends none; '
+                "choose one of them."
+            )
         _check_choice("global_token_shuffle", self.global_token_shuffle, (True, False))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}.")

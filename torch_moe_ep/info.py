@@ -165,7 +165,10 @@ def transport_choices() -> list[Choice]:
     ]
     what = f"collectives of torch.distributed ({', '.join(backends) or 'no backend'})"
     obstacle = None if backends else "this torch was built without torch.distributed"
-    return [Choice("collective", what, obstacle)]
+    return [
+        Choice("collective", what, obstacle),
+        Choice("hierarchical", "the same in two hops, a token crosses to a node once", obstacle),
+    ]
 
 
 def collect() -> Info:

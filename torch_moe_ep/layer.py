@@ -1,6 +1,7 @@
 """The expert-parallel experts module: plan, dispatch, expert_mlp, combine."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch_moe_ep.gather_dispatch import (
     plan_own_experts,
     scatter_sums,
 )
+from torch_moe_ep.node_dispatch import run_over_nodes
 from torch_moe_ep.routing.choose import count_copies
 
 
@@ -31,11 +33,14 @@ class ExpertParallelExperts(nn.Module):
         invalid_flag: int32 ``[1]``, 1 once an expert id out of range was met on CUDA. Read by
             clipping and by the optimizer's step hook.
         layer_name: what process-group hooks call the module.
+        bytes_between_nodes: int64 ``[2]`` on the CPU, with the hierarchical transport: bytes of
+            rows, and of expert ids and router weights, that this rank sent to other nodes.
     The tensors are plain tensors, not buffers: they enter no state dict and no broadcast.
     """
 
     tokens_per_expert: torch.Tensor
     invalid_flag: torch.Tensor
+    bytes_between_nodes: torch.Tensor
     layer_name: str = ""
 
     def setup_expert_parallel(
@@ -46,6 +51,7 @@ class ExpertParallelExperts(nn.Module):
         weight_grad_scale: float,
         config: MoEConfig,
         device: torch.device,
+        ranks_per_node: int = 0,
     ) -> None:
         """Give the module what the class met does not have.
 
@@ -56,11 +62,15 @@ class ExpertParallelExperts(nn.Module):
             weight_grad_scale: factor on weight gradients.
             config: what is chosen.
             device: where the experts compute.
+            ranks_per_node: ranks of the EP group on a node, where tokens shall cross between
+                nodes once; 0: one all-to-all, whatever the nodes.
         """
         self.ep_group_name = ep_group_name
         self.num_global_experts = num_experts
         self.weight_grad_scale = weight_grad_scale
         self.moe_config = config
+        self.ranks_per_node = ranks_per_node
+        self.bytes_between_nodes = torch.zeros(2, dtype=torch.int64)
         self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.invalid_flag = torch.zeros(1, dtype=torch.int32, device=device)
 
@@ -83,6 +93,8 @@ class ExpertParallelExperts(nn.Module):
         run = self._pipeline_eagerly if self.ep_group_name else self._pipeline
         if self.ep_group_name and self.moe_config.dispatcher == "all_gather":
             run = self._gathered_eagerly
+        elif self.ranks_per_node:
+            run = self._over_nodes_eagerly
         return run(hidden_states, top_k_index, top_k_weights)
 
     def _pipeline(
@@ -122,6 +134,10 @@ class ExpertParallelExperts(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pipeline_eagerly(self, *args: Any) -> torch.Tensor:
         return self._labelled(self._pipeline, *args)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _over_nodes_eagerly(self, *args: Any) -> torch.Tensor:
+        return self._labelled(partial(run_over_nodes, self), *args)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gathered_eagerly(self, *args: Any) -> torch.Tensor:

@@ -157,6 +157,56 @@ def traffic(*, reset: bool = False) -> list[StageTraffic]:
     return rows
 
 
+class NodeTraffic(NamedTuple):
+    """Bytes sent to other nodes since the last reset, forward and backward, summed over all ranks.
+
+    Recomputation by activation checkpointing sends again and counts again.
+
+    Attributes:
+        row_bytes: layer name to bytes of hidden states and their gradients.
+        other_bytes: layer name to bytes of expert ids, router weights and their gradients.
+    """
+
+    row_bytes: dict[str, int]
+    other_bytes: dict[str, int]
+
+
+def node_traffic(model: nn.Module, *, reset: bool = False) -> NodeTraffic:
+    """Sum what the layers of a hierarchical transport sent between nodes.
+
+    Args:
+        model: a patched model, or its FSDP1 or DDP wrapper.
+        reset: start counting anew afterwards.
+
+    Raises:
+        ValueError: no layer of the model uses transport="hierarchical".
+
+    Collective over all ranks (one all-reduce of layers * 2 int64); syncs the host.
+    """
+    layers = {
+        name: (experts, state.device)
+        for state in states_of(model)
+        for name, experts in state.experts.items()
+        if experts.ranks_per_node
+    }
+    if not layers:
+        raise ValueError(
+            'no layer counts bytes between nodes; they do with transport="hierarchical" where the '
+            "expert-parallel group spans nodes (or TORCH_MOE_EP_RANKS_PER_NODE says so)."
+        )
+    device = next(iter(layers.values()))[1]
+    sums = torch.stack([experts.bytes_between_nodes for experts, _ in layers.values()]).to(device)
+    dist.all_reduce(sums)
+    if reset:
+        for experts, _ in layers.values():
+            experts.bytes_between_nodes.zero_()
+    rows = dict(zip(layers, sums.tolist(), strict=True))
+    return NodeTraffic(
+        row_bytes={name: row[0] for name, row in rows.items()},
+        other_bytes={name: row[1] for name, row in rows.items()},
+    )
+
+
 def reset_expert_load(model: nn.Module) -> None:
     """Set this rank's counters to zero. Local, no host sync."""
     for counter in _counters(model).values():

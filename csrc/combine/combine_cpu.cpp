@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "combine/combine.h"
+#include "combine/gather_rows.h"
 #include "comm/collective.h"
 #include "comm/label.h"
 #include "common/dispatch_dtype.h"
@@ -20,17 +21,19 @@ namespace {
 
 constexpr int64_t kElementsPerTask = 1 << 14;
 
-// out[t] = sum over k of rows[slot[t * copies + k]] in ascending k; one copy keeps the row's bits.
+// out = sum over k of rows[slot[k]] in ascending k, without slots of -1; one copy keeps the row's
+// bits.
 template <typename T>
 void sum_rows(
     const T* rows, const int64_t* slot, int64_t copies, std::vector<float>& sums, T* out) {
   const auto hidden = static_cast<int64_t>(sums.size());
-  if (copies == 1) {
+  if (copies == 1 && slot[0] >= 0) {
     std::copy_n(rows + slot[0] * hidden, hidden, out);
     return;
   }
   std::fill(sums.begin(), sums.end(), 0.0f);
   for (int64_t k = 0; k < copies; ++k) {
+    if (slot[k] < 0) continue;
     const T* row = rows + slot[k] * hidden;
     for (int64_t h = 0; h < hidden; ++h) sums[h] += static_cast<float>(row[h]);
   }
@@ -57,16 +60,30 @@ at::Tensor gather_rows(const at::Tensor& rows, const at::Tensor& slot_of_copy, i
   return out;
 }
 
-// [num_outputs, copies], or [0] without row weights.
+// [num_outputs, copies], 0 for a slot of -1; [0] without row weights.
 at::Tensor gather_weights(const std::optional<at::Tensor>& row_weights,
                           const at::Tensor& slot_of_copy,
                           int64_t copies,
                           const at::Tensor& rows) {
   if (!row_weights) return at::empty({0}, rows.options().dtype(at::kFloat));
-  return row_weights->index_select(0, slot_of_copy).view({slot_of_copy.numel() / copies, copies});
+  at::Tensor weights = at::empty({slot_of_copy.numel() / copies, copies}, row_weights->options());
+  const at::Tensor dense = row_weights->contiguous();
+  const float* from = dense.const_data_ptr<float>();
+  float* to = weights.mutable_data_ptr<float>();
+  const int64_t* slot = slot_of_copy.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < slot_of_copy.numel(); ++n) to[n] = slot[n] < 0 ? 0.0f : from[slot[n]];
+  return weights;
 }
 
 }  // namespace
+
+Gathered gather_rows_cpu(const at::Tensor& rows,
+                         const std::optional<at::Tensor>& row_weights,
+                         const at::Tensor& slot_of_copy,
+                         int64_t copies_per_output) {
+  return {gather_rows(rows, slot_of_copy, copies_per_output),
+          gather_weights(row_weights, slot_of_copy, copies_per_output, rows)};
+}
 
 std::tuple<at::Tensor, at::Tensor> combine_cpu(
     const at::Tensor& rows,

@@ -10,6 +10,7 @@
 
 #include "combine/combine.h"
 #include "combine/combine_kernels.h"
+#include "combine/gather_rows.h"
 #include "comm/collective.h"
 #include "comm/label.h"
 #include "common/element_type_of.h"
@@ -17,18 +18,11 @@
 #include "common/segments.h"
 
 namespace torch_moe_ep {
-namespace {
 
-struct Gathered {
-  at::Tensor out;      // [num_outputs, H]
-  at::Tensor weights;  // [num_outputs, copies_per_output] fp32; empty [0] without row weights
-};
-
-// Sums `copies_per_output` rows an output; see GatheredRows.
-Gathered gather_rows(const at::Tensor& rows,
-                     const std::optional<at::Tensor>& row_weights,
-                     const at::Tensor& slot_of_copy,
-                     int64_t copies_per_output) {
+Gathered gather_rows_cuda(const at::Tensor& rows,
+                          const std::optional<at::Tensor>& row_weights,
+                          const at::Tensor& slot_of_copy,
+                          int64_t copies_per_output) {
   const at::Tensor dense_rows = rows.contiguous();
   const at::Tensor dense_weights = row_weights ? row_weights->contiguous() : at::Tensor();
   const int64_t num_outputs = slot_of_copy.numel() / copies_per_output;
@@ -52,8 +46,6 @@ Gathered gather_rows(const at::Tensor& rows,
   return gathered;
 }
 
-}  // namespace
-
 std::tuple<at::Tensor, at::Tensor> combine_cuda(const at::Tensor& rows,
                                                 const std::optional<at::Tensor>& row_weights,
                                                 const at::Tensor& slot_of_copy,
@@ -70,7 +62,7 @@ std::tuple<at::Tensor, at::Tensor> combine_cuda(const at::Tensor& rows,
   if (group_name.empty()) {
     const int64_t num_slots = slot_bound(slot_of_copy.numel(), counts.size(1), row_alignment);
     check_combine(rows, row_weights, slot_of_copy, num_slots, top_k);
-    Gathered gathered = gather_rows(rows, row_weights, slot_of_copy, top_k);
+    Gathered gathered = gather_rows_cuda(rows, row_weights, slot_of_copy, top_k);
     return {gathered.out, gathered.weights};
   }
   const comm::ScopedStage stage("combine");
@@ -78,13 +70,13 @@ std::tuple<at::Tensor, at::Tensor> combine_cuda(const at::Tensor& rows,
       exchange_sizes(host_counts, comm::group_rank(group_name), row_alignment);
   check_combine(rows, row_weights, slot_of_copy, sizes.num_slots, top_k);
   // Rows go back in the order in which they came, then to the slots that plan gave the copies.
-  const Gathered returned = gather_rows(rows, row_weights, slot_of_received, 1);
+  const Gathered returned = gather_rows_cuda(rows, row_weights, slot_of_received, 1);
   const auto of_copies = comm::all_to_all_rows(
       {returned.out, row_weights ? returned.weights.reshape({-1}) : at::Tensor()},
       sizes.received_rows,
       sizes.send_rows,
       group_name);
-  Gathered gathered = gather_rows(of_copies[0], given(of_copies[1]), slot_of_copy, top_k);
+  Gathered gathered = gather_rows_cuda(of_copies[0], given(of_copies[1]), slot_of_copy, top_k);
   return {gathered.out, gathered.weights};
 }
 

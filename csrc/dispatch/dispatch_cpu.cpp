@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kBytesPerTask = 1 << 16;
 
 // Zeros behind each expert's copies, up to the next segment.
-void write_padding(const PackedRows& packed,
+void write_padding(const Packed& packed,
                    const at::Tensor& expert_offsets,
                    const at::Tensor& counts,
                    int64_t first_expert) {
@@ -37,15 +37,15 @@ void write_padding(const PackedRows& packed,
 
 }  // namespace
 
-PackedRows pack_rows_cpu(const at::Tensor& source,
-                         const std::optional<at::Tensor>& weights,
-                         const at::Tensor& slot_of_copy,
-                         int64_t copies_per_source,
-                         int64_t num_slots) {
+Packed pack_rows_cpu(const at::Tensor& source,
+                     const std::optional<at::Tensor>& weights,
+                     const at::Tensor& slot_of_copy,
+                     int64_t copies_per_source,
+                     int64_t num_slots) {
   const at::Tensor dense = source.contiguous();
   const at::Tensor dense_weights = weights ? weights->contiguous() : at::Tensor();
-  PackedRows packed = {at::empty({num_slots, source.size(1)}, source.options()),
-                       at::empty({weights ? num_slots : 0}, source.options().dtype(at::kFloat))};
+  Packed packed = {at::empty({num_slots, source.size(1)}, source.options()),
+                   at::empty({weights ? num_slots : 0}, source.options().dtype(at::kFloat))};
   const int64_t row_bytes = source.size(1) * static_cast<int64_t>(source.element_size());
   const auto* from = static_cast<const char*>(dense.const_data_ptr());
   auto* to = static_cast<char*>(packed.rows.mutable_data_ptr());
@@ -55,10 +55,21 @@ PackedRows pack_rows_cpu(const at::Tensor& source,
   const int64_t grain = kBytesPerTask / (row_bytes + 1) + 1;
   at::parallel_for(0, slot_of_copy.numel(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
+      if (slot[n] < 0) continue;
       std::memcpy(to + slot[n] * row_bytes, from + n / copies_per_source * row_bytes, row_bytes);
       if (weight != nullptr) row_weight[slot[n]] = weight[n];
     }
   });
+  return packed;
+}
+
+Packed pack_rows_cpu(const Source& source, int64_t num_slots, const Padding* padding) {
+  const Packed packed = pack_rows_cpu(
+      source.rows, given(source.weights), source.slot_of_copy, source.copies_per_source, num_slots);
+  if (padding != nullptr) {
+    const int64_t num_local = padding->expert_offsets.numel() - 1;
+    write_padding(packed, padding->expert_offsets, padding->counts, padding->rank * num_local);
+  }
   return packed;
 }
 
@@ -78,14 +89,14 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cpu(const at::Tensor& x,
   const int64_t num_local = expert_offsets.numel() - 1;
   if (group_name.empty()) {
     const int64_t num_slots = slot_bound(slot_of_copy.numel(), num_local, row_alignment);
-    const PackedRows packed = pack_rows_cpu(x, weights, slot_of_copy, top_k, num_slots);
+    const Packed packed = pack_rows_cpu(x, weights, slot_of_copy, top_k, num_slots);
     write_padding(packed, expert_offsets, counts, 0);
     return {packed.rows, packed.row_weights};
   }
   const comm::ScopedStage stage("dispatch");
   const int64_t rank = comm::group_rank(group_name);
   const ExchangeSizes sizes = exchange_sizes(host_counts, rank, row_alignment);
-  PackedRows sent;
+  Packed sent;
   if (send_rows.has_value()) {
     check_packed(x, weights.has_value(), slot_of_copy, *send_rows, send_weights);
     sent = {*send_rows, send_weights.value_or(at::Tensor())};
@@ -97,7 +108,7 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cpu(const at::Tensor& x,
                             sizes.send_rows,
                             sizes.received_rows,
                             group_name);
-  const PackedRows packed =
+  const Packed packed =
       pack_rows_cpu(received[0], given(received[1]), slot_of_received, 1, sizes.num_slots);
   write_padding(packed, expert_offsets, counts, rank * num_local);
   return {packed.rows, packed.row_weights};

@@ -14,7 +14,9 @@
 #include "common/exchange_sizes.h"
 #include "common/segments.h"
 #include "dispatch/dispatch.h"
+#include "dispatch/dispatch_cuda.h"
 #include "dispatch/dispatch_kernels.h"
+#include "dispatch/pack_rows.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -22,16 +24,12 @@ namespace {
 // The hand-written expert GEMMs read tiles of this many rows.
 constexpr int64_t kGemmRowAlignment = 128;
 
-struct Places {
-  at::Tensor slot_of_copy;
-  at::Tensor segment_offsets;
-  at::Tensor counts;
-};
+}  // namespace
 
-Places place_copies(const at::Tensor& expert_ids,
-                    int64_t num_experts,
-                    int64_t row_alignment,
-                    const at::Tensor& invalid_flag) {
+Places place_copies_cuda(const at::Tensor& expert_ids,
+                         int64_t num_experts,
+                         int64_t row_alignment,
+                         const at::Tensor& invalid_flag) {
   const int64_t num_copies = expert_ids.numel();
   const at::Tensor ids = expert_ids.contiguous();
   const auto options = ids.options();
@@ -55,6 +53,8 @@ Places place_copies(const at::Tensor& expert_ids,
   return places;
 }
 
+namespace {
+
 void place_received(const at::Tensor& counts,
                     int64_t rank,
                     int64_t row_alignment,
@@ -71,28 +71,9 @@ void place_received(const at::Tensor& counts,
   C10_CUDA_CHECK(launch_place_received(params, at::cuda::getCurrentCUDAStream()));
 }
 
-// Rows to copy, and with them the weights of copies where there are any.
-struct Packed {
-  at::Tensor rows;         // [num_slots, H]
-  at::Tensor row_weights;  // [num_slots] fp32, or empty
-};
+}  // namespace
 
-struct Source {
-  at::Tensor rows;     // [num_sources, H]
-  at::Tensor weights;  // [num_sources * copies_per_source] fp32, or undefined
-  at::Tensor slot_of_copy;
-  int64_t copies_per_source;
-};
-
-// Where padding is written; without it (send buffer) every row has a copy.
-struct Padding {
-  at::Tensor expert_offsets;
-  at::Tensor counts;  // [P, E]
-  int64_t rank;
-  int64_t row_alignment;
-};
-
-Packed pack_rows(const Source& source, int64_t num_slots, const Padding* padding) {
+Packed pack_rows_cuda(const Source& source, int64_t num_slots, const Padding* padding) {
   const auto weight_options = source.rows.options().dtype(at::kFloat);
   const bool has_weights = source.weights.defined();
   Packed packed = {at::empty({num_slots, source.rows.size(1)}, source.rows.options()),
@@ -126,6 +107,8 @@ void check_top_k_on_cuda(int64_t top_k) {
   TORCH_CHECK_VALUE(top_k <= kMaxTopK, "top_k must be at most ", kMaxTopK, " on CUDA, got ", top_k);
 }
 
+namespace {
+
 Source source_of(const at::Tensor& x,
                  const std::optional<at::Tensor>& weights,
                  const at::Tensor& slot_of_copy,
@@ -140,8 +123,10 @@ Packed pack_tokens(const at::Tensor& x,
                    int64_t top_k) {
   check_dispatch(x, weights, slot_of_copy, top_k);
   check_top_k_on_cuda(top_k);
-  return pack_rows(source_of(x, weights, slot_of_copy, top_k), slot_of_copy.numel(), nullptr);
+  return pack_rows_cuda(source_of(x, weights, slot_of_copy, top_k), slot_of_copy.numel(), nullptr);
 }
+
+}  // namespace
 
 void check_plan_on_cuda(int64_t num_experts, int64_t row_alignment) {
   TORCH_CHECK_VALUE(num_experts <= kMaxExperts,
@@ -155,6 +140,8 @@ void check_plan_on_cuda(int64_t num_experts, int64_t row_alignment) {
                     " on CUDA, where the expert GEMMs read whole tiles, got ",
                     row_alignment);
 }
+
+namespace {
 
 // TORCH_MOE_EP_CHECK=1: raises on every rank of the group where any of them met an invalid id.
 // Waits on the host.
@@ -194,7 +181,7 @@ PlanTensors plan_cuda(const at::Tensor& expert_ids,
   if (group_name.empty()) {
     const int64_t num_slots = slot_bound(expert_ids.numel(), num_experts, row_alignment);
     check_max_rows(num_slots, max_rows);
-    Places places = place_copies(expert_ids, num_experts, row_alignment, invalid_flag);
+    Places places = place_copies_cuda(expert_ids, num_experts, row_alignment, invalid_flag);
     check_ids_at_once(invalid_flag, group_name);
     return {places.slot_of_copy,
             at::empty({0}, expert_ids.options()),
@@ -209,7 +196,7 @@ PlanTensors plan_cuda(const at::Tensor& expert_ids,
   const int64_t rank = comm::group_rank(group_name);
   check_experts_over_ranks(num_experts, num_ranks);
   // Send order is expert order without padding.
-  const Places places = place_copies(expert_ids, num_experts, 1, invalid_flag);
+  const Places places = place_copies_cuda(expert_ids, num_experts, 1, invalid_flag);
   check_ids_at_once(invalid_flag, group_name);
   comm::CountExchange exchange(places.counts, group_name);
   if (x.has_value()) sent = pack_tokens(*x, weights, places.slot_of_copy, expert_ids.size(1));
@@ -249,7 +236,7 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cuda(const at::Tensor& x,
     const Padding padding = {expert_offsets, counts, 0, row_alignment};
     const int64_t num_slots =
         slot_bound(slot_of_copy.numel(), expert_offsets.numel() - 1, row_alignment);
-    Packed packed = pack_rows(tokens, num_slots, &padding);
+    Packed packed = pack_rows_cuda(tokens, num_slots, &padding);
     return {packed.rows, packed.row_weights};
   }
   const comm::ScopedStage stage("dispatch");
@@ -271,7 +258,7 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cuda(const at::Tensor& x,
       group_name);
   const Source arrived = {received[0], received[1], slot_of_received, 1};
   const Padding padding = {expert_offsets, counts, rank, row_alignment};
-  Packed packed = pack_rows(arrived, sizes.num_slots, &padding);
+  Packed packed = pack_rows_cuda(arrived, sizes.num_slots, &padding);
   return {packed.rows, packed.row_weights};
 }
 

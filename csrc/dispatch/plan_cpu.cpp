@@ -92,10 +92,10 @@ at::Tensor place_received(const at::Tensor& counts, int64_t rank, std::vector<in
   return slot_of_received;
 }
 
-PackedRows pack_tokens(const at::Tensor& x,
-                       const std::optional<at::Tensor>& weights,
-                       const at::Tensor& slot_of_copy,
-                       int64_t top_k) {
+Packed pack_tokens(const at::Tensor& x,
+                   const std::optional<at::Tensor>& weights,
+                   const at::Tensor& slot_of_copy,
+                   int64_t top_k) {
   check_dispatch(x, weights, slot_of_copy, top_k);
   return pack_rows_cpu(x, weights, slot_of_copy, top_k, slot_of_copy.numel());
 }
@@ -115,7 +115,7 @@ PlanTensors plan_cpu(const at::Tensor& expert_ids,
   const at::Tensor own_counts = count_copies(ids, num_experts);
   const int64_t* lengths = own_counts.const_data_ptr<int64_t>();
   const auto float_options = ids.options().dtype(at::kFloat);
-  PackedRows sent = {at::empty({0, 0}, float_options), at::empty({0}, float_options)};
+  Packed sent = {at::empty({0, 0}, float_options), at::empty({0}, float_options)};
   if (group_name.empty()) {
     check_ids(own_counts.unsqueeze(0), num_experts);
     check_max_rows(slot_bound(ids.numel(), num_experts, row_alignment), max_rows);

@@ -18,8 +18,11 @@ from torch_moe_ep import ops  # noqa: F401  registers the operators
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 KEPT = {
-    "routing": ("route", "sinkhorn", "plan"),
-    "rows": ("route", "sinkhorn", "plan", "dispatch", "combine"),
+    "routing": ("route", "sinkhorn", "plan", "node_plan"),
+    "rows": (
+        *("route", "sinkhorn", "plan", "node_plan"),
+        *("dispatch", "combine", "node_dispatch", "node_combine"),
+    ),
 }
 NUM_PLAN_ARGUMENTS = 6  # those before x, for which plan packs rows
 

@@ -6,6 +6,9 @@
     y = expert_mlp(rows, row_weights, plan, gate_up, down)         # silu(gate) * up, per expert
     x = combine(y, plan)                                           # results -> sum over K
 
+`node_plan`, `node_dispatch` and `node_combine` stand in for plan, dispatch and combine where a
+group spans nodes: a token crosses to each node once.
+
 The C++ and CUDA code is in ``csrc``, under the same names; ``torch_moe_ep.reference`` holds
 readable twins in plain torch. T tokens of this rank, K experts per token, N = T * K copies, E
 experts, P ranks of the EP group, L = E / P local experts, R slots, H hidden size, I expert width.
@@ -15,16 +18,22 @@ from torch_moe_ep import _library  # noqa: F401  registers the operators
 from torch_moe_ep.ops.combine import combine
 from torch_moe_ep.ops.dispatch import dispatch
 from torch_moe_ep.ops.expert_mlp import expert_mlp
+from torch_moe_ep.ops.node_combine import node_combine
+from torch_moe_ep.ops.node_dispatch import NodePlan, node_dispatch, node_plan
 from torch_moe_ep.ops.plan import DispatchPlan, SendBuffer, plan, plan_and_pack
 from torch_moe_ep.ops.route import route
 from torch_moe_ep.ops.sinkhorn import sinkhorn
 
 __all__ = [
     "DispatchPlan",
+    "NodePlan",
     "SendBuffer",
     "combine",
     "dispatch",
     "expert_mlp",
+    "node_combine",
+    "node_dispatch",
+    "node_plan",
     "plan",
     "plan_and_pack",
     "route",

@@ -3,13 +3,14 @@
 import torch
 
 from torch_moe_ep.ops.main_grad import with_main_grad
+from torch_moe_ep.ops.node_dispatch import NodePlan
 from torch_moe_ep.ops.plan import DispatchPlan
 
 
 def expert_mlp(
     rows: torch.Tensor,
     row_weights: torch.Tensor,
-    plan: DispatchPlan,
+    plan: DispatchPlan | NodePlan,
     gate_up: torch.Tensor,
     down: torch.Tensor,
     *,
@@ -65,6 +66,7 @@ def expert_mlp(
     if main_grads is not None:
         gate_up = with_main_grad(gate_up, main_grads[0], "gate_up")
         down = with_main_grad(down, main_grads[1], "down")
+    slot_of_copy = plan.slot_of_copy if isinstance(plan, DispatchPlan) else None
     y: torch.Tensor = torch.ops.torch_moe_ep.expert_mlp(
         rows,
         row_weights,
@@ -76,7 +78,7 @@ def expert_mlp(
         slots_per_pass,
         recompute_gate_up,
         x,
-        None if x is None else plan.slot_of_copy,
+        None if x is None else slot_of_copy,
         None if x is None else plan.counts,
         plan.top_k,
         plan.row_alignment,

@@ -14,6 +14,7 @@ from torch_moe_ep.parallel.checks import Request, check_request
 from torch_moe_ep.parallel.forward import wrap_forward
 from torch_moe_ep.parallel.fsdp1 import ignore_in_ddp, mark_experts
 from torch_moe_ep.parallel.fsdp2 import shard_experts
+from torch_moe_ep.parallel.nodes import ranks_per_node
 from torch_moe_ep.parallel.optimizer import register_step_hooks
 from torch_moe_ep.parallel.state import ExpertParallelState, track
 from torch_moe_ep.parallel.state_dict import register_state_dict_hooks
@@ -80,7 +81,12 @@ def apply_expert_parallel(
 
 def _patch(request: Request, found: dict[str, nn.Module]) -> None:
     """Swap and shard the experts found, then hook into what runs the model."""
-    state = ExpertParallelState(model=request.model, mesh=request.mesh, experts={})
+    state = ExpertParallelState(
+        model=request.model,
+        mesh=request.mesh,
+        experts={},
+        ranks_per_node=ranks_per_node(request.config, request.mesh["ep"].size()),
+    )
     for name, module in found.items():
         swap_experts(module, state, request.config, request.sync_from_rank0)
         assert isinstance(module, ExpertParallelExperts)

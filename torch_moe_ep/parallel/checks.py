@@ -29,6 +29,7 @@ from torch_moe_ep.integrations import transformers as hf
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.parallel.agreement import agree, first_difference
 from torch_moe_ep.parallel.mesh import mesh_misfit
+from torch_moe_ep.parallel.nodes import RANKS_PER_NODE, node_note, nodes_misfit, override_misfit
 
 MIN_TORCH = (2, 11)
 
@@ -74,6 +75,7 @@ def check_request(request: Request) -> dict[str, nn.Module]:
         "settings": _settings(request, experts) if reason is None else {},
         "is_meta": any(param.is_meta for found in experts.values() for param in _weights(found)),
         "is_synced": request.sync_from_rank0,
+        "node": node_note(request.config, request.mesh["ep"].size()) if reason is None else {},
     }
     agree("apply_expert_parallel", note, _verdict)
     return experts
@@ -100,7 +102,8 @@ def _argument_misfit(request: Request) -> str | None:
             f"reshard_after_forward must be True or False for experts, got "
             f"{request.reshard_after_forward!r}; torch cannot reshard them to a smaller group."
         )
-    return _offload_misfit(request.offload_policy, request.mesh)
+    reason = override_misfit(request.config, request.mesh["ep"].size())
+    return reason or _offload_misfit(request.offload_policy, request.mesh)
 
 
 def _offload_misfit(policy: object, mesh: DeviceMesh) -> str | None:
@@ -262,6 +265,7 @@ def _settings(request: Request, experts: dict[str, nn.Module]) -> dict[str, str]
         "sync_from_rank0": repr(request.sync_from_rank0),
         "reshard_after_forward": repr(request.reshard_after_forward),
         "TORCH_MOE_EP_CHECK": os.environ.get("TORCH_MOE_EP_CHECK", "unset"),
+        RANKS_PER_NODE: os.environ.get(RANKS_PER_NODE, "unset"),
     }
     for field in fields(request.config):
         settings[f"MoEConfig.{field.name}"] = repr(getattr(request.config, field.name))
@@ -275,7 +279,8 @@ def _settings(request: Request, experts: dict[str, nn.Module]) -> dict[str, str]
 
 def _verdict(notes: list[dict[str, Any]]) -> str | None:
     reason = shared_reason([note["reason"] for note in notes])
-    return reason or first_difference([note["settings"] for note in notes]) or _meta_misfit(notes)
+    reason = reason or first_difference([note["settings"] for note in notes])
+    return reason or _meta_misfit(notes) or nodes_misfit([note["node"] for note in notes])
 
 
 def _meta_misfit(notes: list[dict[str, Any]]) -> str | None:

@@ -30,6 +30,7 @@ class ExpertParallelState:
     """One patched model. `experts` maps module names, as they were at apply, to modules.
 
     So does `routers`, which is empty where the model's own routers are left as they are.
+    `ranks_per_node` is 0 unless tokens cross between nodes once.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class ExpertParallelState:
     routers: dict[str, RoutedRouter] = field(default_factory=dict)
     wrapper_refs: list["weakref.ref[nn.Module]"] = field(default_factory=list)
     root: nn.Module | None = None
+    ranks_per_node: int = 0
     is_started: bool = False
     is_flag_checked: bool = False
     is_batch_checked: bool = False

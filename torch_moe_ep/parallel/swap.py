@@ -50,6 +50,7 @@ def swap_experts(
         weight_grad_scale=weight_grad_scale(config, state.mesh.size(), ep_mesh.size()),
         config=config,
         device=state.device,
+        ranks_per_node=state.ranks_per_node,
     )
 
 

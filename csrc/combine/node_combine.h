@@ -1,0 +1,38 @@
+// node_combine: results back in two hops, summed on each node before they cross.
+//
+// node_combine(rows [R, H], row_weights [R] fp32 or none, plan) ->
+//   x [T, H]             every node's sum over its copies of a token, ascending k, in fp32, rounded
+//                        once to the rows' dtype for the way; the sum of these over the token's
+//                        nodes, in the order of their first copies, in fp32, rounded once.
+//   weights [T, K] fp32  the row weight of each copy, exactly; [0] without row weights.
+// Copies without a slot (invalid ids on CUDA) add nothing. Letters and plan:
+// dispatch/node_dispatch.h. node_combine is the backward of node_dispatch and node_dispatch that of
+// node_combine, whose backward also adds this rank's copies per expert to tokens_per_expert (int64
+// [E]).
+//
+// Collective over the group, no host wait (gloo: for the exchanges). Deterministic.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "combine/gather_rows.h"
+#include "common/node_movement.h"
+
+namespace torch_moe_ep {
+
+using GatherRows = Gathered (*)(const at::Tensor& rows,
+                                const std::optional<at::Tensor>& row_weights,
+                                const at::Tensor& slot_of_copy,
+                                int64_t copies_per_output);
+
+// Both hops, on the device whose gather_rows is given.
+NodeMoved combine_over_nodes(const at::Tensor& rows,
+                             const std::optional<at::Tensor>& row_weights,
+                             const NodePlan& plan,
+                             const std::optional<at::Tensor>& bytes_sent,
+                             GatherRows gather_rows);
+
+}  // namespace torch_moe_ep

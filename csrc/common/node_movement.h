@@ -1,0 +1,131 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+
+// The operators node_dispatch and node_combine, called by name: each is the backward of the other,
+// and neither stage includes the other.
+
+namespace torch_moe_ep {
+
+// The plan of a dispatch over nodes; see dispatch/node_dispatch.h.
+struct NodePlan {
+  at::Tensor row_of_copy;
+  at::Tensor slot_of_forwarded;
+  at::Tensor slot_of_received;
+  at::Tensor expert_offsets;
+  at::Tensor counts;
+  at::Tensor host_counts;
+  int64_t top_k;
+  int64_t row_alignment;
+  int64_t ranks_per_node;
+  std::string group_name;
+};
+
+using NodeMoved = std::tuple<at::Tensor, at::Tensor>;  // rows and their weights
+
+inline NodeMoved call_node_dispatch(const at::Tensor& x,
+                                    const std::optional<at::Tensor>& weights,
+                                    const NodePlan& plan,
+                                    const std::optional<at::Tensor>& bytes_sent) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_moe_ep::node_dispatch", "")
+                             .typed<NodeMoved(const at::Tensor&,
+                                              const std::optional<at::Tensor>&,
+                                              const at::Tensor&,
+                                              const at::Tensor&,
+                                              const at::Tensor&,
+                                              const at::Tensor&,
+                                              const at::Tensor&,
+                                              const at::Tensor&,
+                                              int64_t,
+                                              int64_t,
+                                              int64_t,
+                                              const std::string&,
+                                              const std::optional<at::Tensor>&)>();
+  return op.call(x,
+                 weights,
+                 plan.row_of_copy,
+                 plan.slot_of_forwarded,
+                 plan.slot_of_received,
+                 plan.expert_offsets,
+                 plan.counts,
+                 plan.host_counts,
+                 plan.top_k,
+                 plan.row_alignment,
+                 plan.ranks_per_node,
+                 plan.group_name,
+                 bytes_sent);
+}
+
+inline NodeMoved call_node_combine(const at::Tensor& rows,
+                                   const std::optional<at::Tensor>& row_weights,
+                                   const NodePlan& plan,
+                                   const std::optional<at::Tensor>& bytes_sent) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_moe_ep::node_combine", "")
+                             .typed<NodeMoved(const at::Tensor&,
+                                              const std::optional<at::Tensor>&,
+                                              const at::Tensor&,
+                                              const at::Tensor&,
+                                              const at::Tensor&,
+                                              const at::Tensor&,
+                                              const at::Tensor&,
+                                              const at::Tensor&,
+                                              int64_t,
+                                              int64_t,
+                                              int64_t,
+                                              const std::string&,
+                                              const std::optional<at::Tensor>&,
+                                              const std::optional<at::Tensor>&)>();
+  return op.call(rows,
+                 row_weights,
+                 plan.row_of_copy,
+                 plan.slot_of_forwarded,
+                 plan.slot_of_received,
+                 plan.expert_offsets,
+                 plan.counts,
+                 plan.host_counts,
+                 plan.top_k,
+                 plan.row_alignment,
+                 plan.ranks_per_node,
+                 plan.group_name,
+                 std::nullopt,
+                 bytes_sent);
+}
+
+inline void save_node_plan(torch::autograd::AutogradContext* ctx, const NodePlan& plan) {
+  ctx->save_for_backward({plan.row_of_copy,
+                          plan.slot_of_forwarded,
+                          plan.slot_of_received,
+                          plan.expert_offsets,
+                          plan.counts,
+                          plan.host_counts});
+  ctx->saved_data["top_k"] = plan.top_k;
+  ctx->saved_data["row_alignment"] = plan.row_alignment;
+  ctx->saved_data["ranks_per_node"] = plan.ranks_per_node;
+  ctx->saved_data["group_name"] = plan.group_name;
+}
+
+inline NodePlan saved_node_plan(torch::autograd::AutogradContext* ctx) {
+  auto saved = ctx->get_saved_variables();
+  return {std::move(saved[0]),
+          std::move(saved[1]),
+          std::move(saved[2]),
+          std::move(saved[3]),
+          std::move(saved[4]),
+          std::move(saved[5]),
+          ctx->saved_data["top_k"].toInt(),
+          ctx->saved_data["row_alignment"].toInt(),
+          ctx->saved_data["ranks_per_node"].toInt(),
+          ctx->saved_data["group_name"].toStringRef()};
+}
+
+}  // namespace torch_moe_ep

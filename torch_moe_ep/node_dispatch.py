@@ -1,0 +1,48 @@
+"""The layer over an EP group that spans nodes (transport="hierarchical")."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from torch_moe_ep import ops
+
+if TYPE_CHECKING:
+    from torch_moe_ep.layer import ExpertParallelExperts
+
+
+def run_over_nodes(
+    experts: "ExpertParallelExperts",
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The layer's forward with a token crossing to each node once; arguments as the layer's.
+
+    Collective over the EP group, one host sync on CUDA (see `ops.node_plan`).
+    """
+    config, counter = experts.moe_config, experts.bytes_between_nodes
+    x = hidden_states.reshape(-1, hidden_states.size(-1))
+    plan = ops.node_plan(
+        top_k_index,
+        experts.num_global_experts,
+        group_name=experts.ep_group_name,
+        ranks_per_node=experts.ranks_per_node,
+        max_rows=config.max_received_rows,
+        invalid_flag=experts.invalid_flag,
+        bytes_sent=counter,
+    )
+    rows, row_weights = ops.node_dispatch(x, top_k_weights.float(), plan, bytes_sent=counter)
+    y = ops.expert_mlp(
+        rows,
+        row_weights,
+        plan,
+        experts._local_weight("gate_up_proj", x.dtype),
+        experts._local_weight("down_proj", x.dtype),
+        weight_grad_scale=experts.weight_grad_scale,
+        slots_per_pass=config.max_slots,
+        recompute_gate_up=config.recompute == "gate_up",
+    )
+    output = ops.node_combine(
+        y, plan, tokens_per_expert=experts.tokens_per_expert, bytes_sent=counter
+    )
+    return output.to(hidden_states.dtype).view(hidden_states.shape)
