@@ -5,6 +5,7 @@
 #include <string>
 
 #include "comm/collective.h"
+#include "comm/label.h"
 #include "common/node_movement.h"
 
 namespace torch_moe_ep {
@@ -25,6 +26,7 @@ class NodeCombine : public torch::autograd::Function<NodeCombine> {
     auto [x, weights] = call_node_combine(rows, row_weights, plan, bytes_sent);
     save_node_plan(ctx, plan);
     ctx->saved_data["has_weights"] = row_weights.has_value();
+    ctx->saved_data["layer"] = static_cast<int64_t>(comm::current_label().layer);
     // Not by save_for_backward: other calls change the counters before this one's backward.
     ctx->saved_data["tokens_per_expert"] = tokens_per_expert;
     ctx->saved_data["bytes_sent"] = bytes_sent;
@@ -33,7 +35,10 @@ class NodeCombine : public torch::autograd::Function<NodeCombine> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const bool has_weights = ctx->saved_data["has_weights"].toBool();
+    // May run a checkpointed forward again: before the label.
     const NodePlan plan = saved_node_plan(ctx);
+    const auto layer = static_cast<int32_t>(ctx->saved_data["layer"].toInt());
+    const comm::ScopedLabel label({layer, "combine backward"});
     auto [grad_rows, grad_row_weights] =
         call_node_dispatch(grads[0],
                            has_weights ? std::optional<at::Tensor>(grads[1]) : std::nullopt,

@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "comm/label.h"
 #include "common/node_movement.h"
 
 namespace torch_moe_ep {
@@ -24,6 +25,7 @@ class NodeDispatch : public torch::autograd::Function<NodeDispatch> {
     auto [rows, row_weights] = call_node_dispatch(x, weights, plan, bytes_sent);
     save_node_plan(ctx, plan);
     ctx->saved_data["has_weights"] = weights.has_value();
+    ctx->saved_data["layer"] = static_cast<int64_t>(comm::current_label().layer);
     // Not by save_for_backward: other layers' calls change the counter before this one's backward.
     ctx->saved_data["bytes_sent"] = bytes_sent;
     return {rows, row_weights};
@@ -31,10 +33,14 @@ class NodeDispatch : public torch::autograd::Function<NodeDispatch> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const bool has_weights = ctx->saved_data["has_weights"].toBool();
+    // May run a checkpointed forward again: before the label.
+    const NodePlan plan = saved_node_plan(ctx);
+    const auto layer = static_cast<int32_t>(ctx->saved_data["layer"].toInt());
+    const comm::ScopedLabel label({layer, "dispatch backward"});
     auto [grad_x, grad_weights] =
         call_node_combine(grads[0],
                           has_weights ? std::optional<at::Tensor>(grads[1]) : std::nullopt,
-                          saved_node_plan(ctx),
+                          plan,
                           ctx->saved_data["bytes_sent"].toOptional<at::Tensor>());
     return {grad_x, has_weights ? grad_weights : at::Tensor(), at::Tensor(), at::Tensor()};
   }

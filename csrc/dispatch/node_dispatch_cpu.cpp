@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "comm/collective.h"
+#include "comm/label.h"
 #include "comm/nodes.h"
 #include "common/segments.h"
 #include "dispatch/dispatch.h"
@@ -140,6 +141,7 @@ NodePlanTensors node_plan_cpu(const at::Tensor& expert_ids,
                               const at::Tensor& invalid_flag,
                               const std::optional<at::Tensor>& bytes_sent) {
   check_plan(expert_ids, num_experts, row_alignment, invalid_flag);
+  const comm::ScopedStage stage("plan");
   const NodeSplit split = comm::node_split(group_name, ranks_per_node);
   check_experts_over_ranks(num_experts, split.num_ranks());
   const int64_t experts_per_node = num_experts / split.num_nodes;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "comm/collective.h"
+#include "comm/label.h"
 #include "comm/nodes.h"
 #include "dispatch/dispatch.h"
 #include "dispatch/dispatch_cuda.h"
@@ -104,6 +105,7 @@ NodePlanTensors node_plan_cuda(const at::Tensor& expert_ids,
   check_plan(expert_ids, num_experts, row_alignment, invalid_flag);
   check_plan_on_cuda(num_experts, row_alignment);
   check_top_k_on_cuda(expert_ids.size(1));
+  const comm::ScopedStage stage("plan");
   const NodeSplit split = comm::node_split(group_name, ranks_per_node);
   check_experts_over_ranks(num_experts, split.num_ranks());
   const c10::cuda::CUDAGuard guard(expert_ids.device());
