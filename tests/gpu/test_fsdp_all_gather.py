@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from torch_moe_ep import apply_expert_parallel, init_device_mesh, set_fsdp_all_gather
-from torch_moe_ep.testing import RankPool, batch_of, tiny_mixtral
+from torch_moe_ep.testing import RankPool, batch_of, share_the_gpu, tiny_mixtral
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
 
 from .cases import requires_gpu
@@ -69,17 +69,7 @@ def test_copies_give_the_bits_of_nccl_without_its_kernels(gpu_ranks, kind):
 
 
 def of_ranks_that_share_a_gpu() -> str:
-    import os
-
-    os.environ.update(
-        LOCAL_RANK="0",
-        NCCL_HOSTID=f"rank{dist.get_rank()}",
-        NCCL_SOCKET_IFNAME="lo",
-        NCCL_IB_DISABLE="1",
-        NCCL_P2P_DISABLE="1",
-        NCCL_SHM_DISABLE="1",
-    )
-    torch.cuda.set_device(0)
+    share_the_gpu()
     mesh = init_device_mesh("cuda", 1)
     model = tiny_mixtral().cuda()
     apply_expert_parallel(model, mesh)
@@ -87,6 +77,6 @@ def of_ranks_that_share_a_gpu() -> str:
     return set_fsdp_all_gather(model, "copy_engine")
 
 
-def test_ranks_that_share_a_gpu_keep_the_default(gpu_ranks):
+def test_ranks_that_share_a_gpu_keep_the_default():
     with RankPool(2, backend="nccl") as pool:
         assert pool.run(of_ranks_that_share_a_gpu, timeout_s=TIMEOUT_S) == ["default", "default"]
