@@ -76,3 +76,10 @@ def test_module_prints_json():
     assert printed["versions"]["torch"] == torch.__version__
     assert printed["library_obstacle"] is None
     assert [choice["name"] for choice in printed["kernels"]] == ["sm90", "sm80", "torch", "cpu"]
+
+
+def test_hooks_that_cannot_be_used_are_said_to(monkeypatch):
+    assert info.collect().hooks_obstacle is None
+    monkeypatch.setattr(info, "why_hooks_unusable", lambda _path: "were built for another Python")
+    lines = info.as_text(info.collect()).splitlines()
+    assert "hooks          no: were built for another Python" in lines

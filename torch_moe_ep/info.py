@@ -19,7 +19,14 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed
 
-from torch_moe_ep._build_info import BuildInfo, library_path, read_build_info, why_unusable
+from torch_moe_ep._build_info import (
+    BuildInfo,
+    hooks_path,
+    library_path,
+    read_build_info,
+    why_hooks_unusable,
+    why_unusable,
+)
 
 PACKAGES = ("torch_moe_ep", "torch", "transformers", "accelerate", "safetensors", "numpy")
 NO_LIBRARY = "there is no library for this torch"
@@ -48,6 +55,7 @@ class Info:
         versions: of Python and of the packages that are installed.
         library: path of the operator library.
         library_obstacle: why it cannot be used; None where it can.
+        hooks_obstacle: why the process-group hooks cannot be used; None where they can.
         build: how it was built; None where there is none.
         devices: GPUs with their compute capability.
         kernels: what can run the expert GEMMs.
@@ -58,6 +66,7 @@ class Info:
     versions: dict[str, str]
     library: str
     library_obstacle: str | None
+    hooks_obstacle: str | None
     build: BuildInfo | None
     devices: list[str]
     kernels: list[Choice]
@@ -84,6 +93,18 @@ def load_obstacle() -> str | None:
         return reason
     try:
         importlib.import_module("torch_moe_ep._library")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def hooks_obstacle() -> str | None:
+    """Loads the hooks' library and returns why that fails, None where it does not."""
+    reason = why_hooks_unusable(hooks_path())
+    if reason is not None:
+        return reason
+    try:
+        importlib.import_module("torch_moe_ep.hooks.library")
     except ImportError as error:
         return str(error)
     return None
@@ -185,6 +206,7 @@ def collect() -> Info:
         versions=installed_versions(),
         library=str(library),
         library_obstacle=load_obstacle(),
+        hooks_obstacle=hooks_obstacle(),
         build=build,
         devices=devices,
         kernels=kernel_choices(build, capabilities),
@@ -206,6 +228,8 @@ def as_text(info: Info) -> str:
         if info.build.with_cuda:
             cuda = f"CUDA {info.build.cuda}, {info.build.nvcc}, for {info.build.architectures}"
         lines.append(f"{'built':<14} for torch {info.build.torch}, {cuda}")
+    hooks = f"no: {info.hooks_obstacle}" if info.hooks_obstacle else "yes"
+    lines.append(f"{'hooks':<14} {hooks}")
     lines.append(f"{'GPUs':<14} {', '.join(info.devices) or 'none that torch sees'}")
     for title, choices in (("kernels", info.kernels), ("transports", info.transports)):
         for choice in choices:

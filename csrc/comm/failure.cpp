@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -17,7 +18,7 @@ namespace torch_moe_ep::comm {
 namespace {
 
 constexpr std::chrono::milliseconds kGrace(3000);
-const std::string kOurs = "torch_moe_ep: ";
+constexpr std::string_view kOurs = "torch_moe_ep: ";
 
 std::string key_of(int64_t group_rank) {
   return "torch_moe_ep/gave_up/" + std::to_string(group_rank);

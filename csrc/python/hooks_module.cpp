@@ -77,6 +77,7 @@ void bind_labels(py::module& m) {
   m.def("intern_layer", &comm::intern_layer);
   // A stage is handed to Python by its address, which stays.
   m.def("exchange_label", [](int32_t layer, uintptr_t stage) {
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): what intern_stage or this function gave out
     const auto before = comm::exchange_label({layer, reinterpret_cast<const char*>(stage)});
     return std::pair(before.layer, reinterpret_cast<uintptr_t>(before.stage));
   });

@@ -14,10 +14,8 @@ bool has_happened(const c10::Event& event) {
   return event.query();
 }
 
-const bool kIsFilledIn = [] {
-  capture_probe() = {&is_capturing, &has_happened};
-  return true;
-}();
+// Called when the library is loaded.
+__attribute__((constructor)) void fill_in() { capture_probe() = {&is_capturing, &has_happened}; }
 
 }  // namespace
 }  // namespace torch_moe_ep::comm
