@@ -4,6 +4,8 @@ Ranks of this machine play nodes: 4 ranks as 2 x 2; in the full suite 8 ranks as
 """
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +151,19 @@ def expected_remote_nodes(num_nodes: int, num_experts: int, top_k: int) -> float
     elsewhere = num_experts - num_experts // num_nodes
     missed = math.comb(elsewhere, top_k) / math.comb(num_experts, top_k)
     return (num_nodes - 1) * (1 - missed)
+
+
+def test_table_of_the_transport_page_holds_the_expectation():
+    page = Path(__file__).parent.parent / "docs" / "transport.md"
+    rows = re.findall(
+        r"^\| (\d+), (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", page.read_text(), re.M
+    )
+    assert len(rows) == 3
+    for experts, top_k, nodes, flat, hierarchical in rows:
+        num_experts, num_copies, num_nodes = int(experts), int(top_k), int(nodes)
+        assert float(flat) == pytest.approx(num_copies * (num_nodes - 1) / num_nodes, abs=5e-4)
+        expected = expected_remote_nodes(num_nodes, num_experts, num_copies)
+        assert float(hierarchical) == pytest.approx(expected, abs=5e-4)
 
 
 def bytes_of_dispatch(split: Split, top_k: int, tokens: int) -> int:
