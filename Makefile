@@ -92,7 +92,7 @@ format: $(STAMPS)/requirements
 	@$(VENV)/bin/clang-format -i $(HEADERS) $(HOST_SOURCES) $(CUDA_SOURCES)
 
 # The compiler's flags: headers of torch and CUDA are system headers here as in the build.
-$(STAMPS)/tidy-flags: $(STAMPS)/requirements
+$(STAMPS)/tidy-flags: $(STAMPS)/requirements .ci/tidy_flags.py
 	@$(PY) .ci/tidy_flags.py > $@
 
 $(TIDY_STAMPS): $(STAMPS)/tidy/%: % $(HEADERS) .clang-tidy $(STAMPS)/tidy-flags
