@@ -9,12 +9,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from torch_moe_ep import apply_expert_parallel, clip_grad_norm_, init_device_mesh
 from torch_moe_ep.parallel.swap import local_slice
-from torch_moe_ep.testing import RankPool, batch_of, relative_error, tiny_mixtral
+from torch_moe_ep.testing import RankPool, batch_of, relative_error, share_the_gpu, tiny_mixtral
 from torch_moe_ep.testing.parallel import decoder_layers
 from torch_moe_ep.testing.reference import reference_gradients
 
 from .cases import requires_gpu
-from .test_several_ranks import TIMEOUT_S, enter_rank, gpu_ranks
+from .test_several_ranks import TIMEOUT_S, gpu_ranks
 
 __all__ = ["gpu_ranks"]
 pytestmark = requires_gpu
@@ -25,7 +25,7 @@ LEARNING_RATE = 0.5
 
 def step_offloaded(world_size: int) -> tuple[float, float]:
     """Relative errors of the clipped norm and of the experts after one SGD step."""
-    rank = enter_rank()
+    rank = share_the_gpu()
     policy = CPUOffloadPolicy()
     mesh = init_device_mesh("cuda", 2)
     model = apply_expert_parallel(tiny_mixtral(), mesh, offload_policy=policy)
