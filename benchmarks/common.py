@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.results import DENSE, RESULTS_DIR, format_table, plot
 
@@ -63,11 +64,15 @@ def time_turn_about(
     *,
     min_seconds: float = 1.0,
     turns: int = 5,
+    group: dist.ProcessGroup | None = None,
 ) -> list[Timing]:
     """Time candidates in alternation.
 
     Each candidate runs once to warm up and once to learn how long it takes; then in each turn
     every candidate runs often enough that all its turns together last `min_seconds`.
+
+    With a `group` its ranks time together (collective): they agree on the number of runs and meet
+    before each turn; each returns its own rates.
 
     Returns:
         One Timing a candidate, in order.
@@ -77,13 +82,31 @@ def time_turn_about(
         candidate.run()
         seconds = _seconds(candidate.run, 1, device)
         runs_per_turn.append(max(1, round(min_seconds / turns / max(seconds, 1e-6) + 0.5)))
+    if group is not None:
+        agreed = [runs_per_turn]
+        dist.broadcast_object_list(agreed, src=dist.get_global_rank(group, 0), group=group)
+        runs_per_turn = agreed[0]
     rates: list[list[float]] = [[] for _ in candidates]
     for _ in range(turns):
         for candidate, num_runs, found in zip(candidates, runs_per_turn, rates, strict=True):
+            if group is not None:
+                dist.barrier(group)
             found.append(candidate.work * num_runs / _seconds(candidate.run, num_runs, device))
     return [
         Timing(candidate, tuple(found), num_runs * turns)
         for candidate, found, num_runs in zip(candidates, rates, runs_per_turn, strict=True)
+    ]
+
+
+def slowest(timings_by_rank: Sequence[Sequence[Timing]]) -> list[Timing]:
+    """One Timing a candidate: in each turn the rate of the slowest rank, which all wait for."""
+    return [
+        Timing(
+            of_ranks[0].candidate,
+            tuple(min(rates) for rates in zip(*(t.rates for t in of_ranks), strict=True)),
+            of_ranks[0].runs,
+        )
+        for of_ranks in zip(*timings_by_rank, strict=True)
     ]
 
 

@@ -59,13 +59,13 @@ class Exchange:
 
 def enter_rank(case: Case) -> torch.device:
     """The device of this rank; before the first collective."""
-    if case.device_type == "cpu":
-        return torch.device("cpu")
-    if not case.has_own_gpu:
-        share_the_gpu()
-        return torch.device("cuda", 0)
-    torch.cuda.set_device(dist.get_rank())
-    return torch.device("cuda", dist.get_rank())
+    return torch.device("cpu") if case.device_type == "cpu" else enter_gpu()
+
+
+def enter_gpu() -> torch.device:
+    """The GPU of this rank, its own or one that ranks share; before the first collective."""
+    share_the_gpu()
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def exchanges_of(case: Case, device: torch.device) -> dict[str, Exchange | str]:

@@ -1,13 +1,20 @@
 """The benchmarks' own machinery: routings, timing, result files, README's table."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from benchmarks import common, layer, results, transport
+from benchmarks import common, layer, results, train, transport
 from benchmarks.routing import ROUTINGS, copies_per_expert, expert_ids
+from torch_moe_ep.testing import RankPool
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -92,3 +99,81 @@ def test_transport_reports_bytes_of_every_exchange(ranks):
     assert sent.pop("torch_moe_ep all-gather dispatcher, there and back") == 64 * 16 * 4 * 2
     assert set(sent.values()) == {64 * 16 * 4} and len(sent) == 3
     assert {row["case"] for row in rows} == {f"P=2 T=64 H=16 K=2 E=8 ({transport.NOT_A_SPEED})"}
+
+
+def runs_on_ranks(min_seconds: float) -> int:
+    """Rank 1 is ten times slower at what both do; how often each did it."""
+    nap = 0.001 if dist.get_rank() == 0 else 0.01
+    timings = common.time_turn_about(
+        [common.Candidate("nap", lambda: time.sleep(nap), 1.0)],
+        torch.device("cpu"),
+        min_seconds=min_seconds,
+        turns=2,
+        group=dist.group.WORLD,
+    )
+    return timings[0].runs
+
+
+def test_ranks_that_time_together_run_equally_often() -> None:
+    """Else their collectives would not match."""
+    with RankPool(2) as pool:
+        first, second = pool.run(runs_on_ranks, 0.02)
+    assert first == second
+
+
+def test_slowest_rank_counts_in_each_turn() -> None:
+    candidate = common.Candidate("a", list, 1.0)
+    ranks = [[common.Timing(candidate, rates, 6)] for rates in ((3.0, 1.0), (2.0, 4.0))]
+    (slowest,) = common.slowest(ranks)
+    assert slowest.rates == (2.0, 1.0)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_train_counts_parameters_as_transformers_does(layers: int) -> None:
+    """All but the norms, which the formula rounds up to 8 H a layer."""
+    case = replace(train._smallest(), layers=layers, hidden=256, width=512)
+    with torch.device("meta"):
+        model = train.MixtralForCausalLM(case.config)
+    counted = sum(parameter.numel() for parameter in model.parameters())
+    router_and_norms = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if "gate.weight" in name or "norm" in name
+    )
+    formula_rest = case.layers * 8 * case.hidden
+    assert counted - router_and_norms == case.num_parameters() - formula_rest
+    assert router_and_norms <= formula_rest + 2 * case.layers * case.hidden + case.hidden
+
+
+def test_train_keeps_fp32_parameters_and_activations_where_they_fit() -> None:
+    whole = replace(train._smallest(), layers=32, hidden=4096, width=14336, sequence=4096)
+    assert train.fitted(replace(whole, ranks=8), 141e9).parameters == "float32"
+    four = train.fitted(replace(whole, ranks=4), 141e9)
+    assert (four.parameters, four.layers) == ("bfloat16", 32)
+    two = train.fitted(replace(whole, ranks=2), 80e9)
+    assert two.layers < 32 and two.checkpointing
+    with pytest.raises(ValueError, match=r"not one layer of .* fits"):
+        train.fitted(whole, 1e9)
+
+
+def test_exposed_communication_is_what_computation_does_not_cover() -> None:
+    assert train.covered([(0, 4), (2, 6), (8, 9)]) == 7
+    assert train.covered([]) == 0
+    assert train.is_communication("ncclDevKernel_SendRecv(...)")
+    assert not train.is_communication("pack_rows_kernel")
+
+
+def test_multi_gpu_script_says_what_is_missing() -> None:
+    """Without a GPU it ends before anything runs."""
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        ["benchmarks/multi_gpu.sh", "unused", "commit"],
+        cwd=results.README.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "multi_gpu.sh needs a GPU, and torch sees none.\n"

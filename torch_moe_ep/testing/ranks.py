@@ -217,22 +217,24 @@ class RankPool:
 
 
 def share_the_gpu() -> int:
-    """Let this rank use the one GPU beside others; returns the rank.
+    """Let this rank use a GPU, its own where there are as many, else one beside others.
 
-    To be called before the first collective, which is when NCCL reads its settings: it refuses two
-    ranks on one GPU unless each names another host, and they then talk over sockets. For functions
-    of a pool with ``backend="nccl"``: right values, no speeds.
+    Returns the rank. To be called before the first collective, which is when NCCL reads its
+    settings: it refuses two ranks on one GPU unless each names another host, and they then talk
+    over sockets: right values, no speeds. For functions of a pool with ``backend="nccl"``.
     """
     rank = dist.get_rank()
-    os.environ.update(
-        LOCAL_RANK="0",
-        NCCL_HOSTID=f"rank{rank}",
-        NCCL_SOCKET_IFNAME="lo",
-        NCCL_IB_DISABLE="1",
-        NCCL_P2P_DISABLE="1",
-        NCCL_SHM_DISABLE="1",
-    )
-    torch.cuda.set_device(0)
+    has_own = torch.cuda.device_count() >= dist.get_world_size()
+    if not has_own:
+        os.environ.update(
+            LOCAL_RANK="0",
+            NCCL_HOSTID=f"rank{rank}",
+            NCCL_SOCKET_IFNAME="lo",
+            NCCL_IB_DISABLE="1",
+            NCCL_P2P_DISABLE="1",
+            NCCL_SHM_DISABLE="1",
+        )
+    torch.cuda.set_device(rank if has_own else 0)
     torch.cuda.init()
     return rank
 
