@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "comm/failure.h"
+#include "comm/termination.h"
 #include "comm/timeout.h"
 
 namespace torch_moe_ep::comm {
@@ -126,6 +127,7 @@ void Exchange::issue(const std::function<Work()>& start) {
 at::Tensor Exchange::wait() {
   const c10::Device device = output_.device();
   if (device.is_cpu()) {
+    const Waiting waiting(operation_, group_, device.type());
     attempt([this] { work_->wait(); });
   } else {
     TORCH_INTERNAL_ASSERT(done_.has_value(), "waited for twice");
@@ -216,6 +218,8 @@ CountExchange::CountExchange(const at::Tensor& row, const std::string& group_nam
 
 CountExchange::Counts CountExchange::wait() {
   if (is_on_host_.has_value()) {
+    const Waiting waiting(
+        exchange_.operation_, exchange_.group_, exchange_.output_.device().type());
     const auto timeout = exchange_timeout(*exchange_.group_, exchange_.output_.device().type());
     if (!is_done_within(*is_on_host_, timeout)) {
       exchange_.raise("nothing within " + std::to_string(timeout.count() / 1000.0) + " s");
@@ -223,7 +227,7 @@ CountExchange::Counts CountExchange::wait() {
     is_on_host_->synchronize();
   }
   const at::Tensor counts = exchange_.wait();
-  return {counts, host_counts_.defined() ? host_counts_ : counts.clone()};
+  return {counts, host_counts_.defined() ? host_counts_ : counts};
 }
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, CompositeExplicitAutograd, m) {

@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -24,9 +25,10 @@ std::string key_of(int64_t group_rank) {
   return "torch_moe_ep/gave_up/" + std::to_string(group_rank);
 }
 
+using StorePtr = c10::intrusive_ptr<c10d::Store>;
+
 // Group ranks that did not give up within the grace.
-std::vector<int64_t> silent_ranks(c10d::ProcessGroup& group) {
-  const auto store = group.getStore();
+std::vector<int64_t> silent_ranks(c10d::ProcessGroup& group, const StorePtr& store) {
   TORCH_CHECK(store, "the group has no store");
   store->set(key_of(group.getRank()), std::string("1"));
   std::this_thread::sleep_for(kGrace);
@@ -43,8 +45,10 @@ int64_t global_rank(c10d::ProcessGroup& group, c10::DeviceType device_type, int6
   return ranks.empty() ? group_rank : static_cast<int64_t>(ranks.at(group_rank));
 }
 
-std::string describe_silent(c10d::ProcessGroup& group, c10::DeviceType device_type) {
-  const auto silent = silent_ranks(group);
+std::string describe_silent(c10d::ProcessGroup& group,
+                            c10::DeviceType device_type,
+                            const StorePtr& store) {
+  const auto silent = silent_ranks(group, store);
   if (silent.empty()) return "every rank of the group gave up in it";
   std::string ranks;
   for (const int64_t rank : silent) {
@@ -65,9 +69,35 @@ std::optional<std::string> hooks_say(c10d::ProcessGroup& group,
   return said;
 }
 
+std::string describe(const std::string& operation,
+                     c10d::ProcessGroup& group,
+                     c10::DeviceType device_type,
+                     const std::string& backend_message,
+                     const std::function<StorePtr()>& store) {
+  const auto said = hooks_say(group, device_type, backend_message);
+  if (said.has_value()) return c10::str(kOurs, "the ", operation, " failed; ", *said);
+  std::string silent;
+  std::string here = "unknown";
+  try {
+    here = std::to_string(global_rank(group, device_type, group.getRank()));
+    silent = describe_silent(group, device_type, store());
+  } catch (const std::exception&) {
+    silent = describe_store(group.getStore());
+  }
+  return c10::str(kOurs,
+                  "the ",
+                  operation,
+                  " failed on global rank ",
+                  here,
+                  "; ",
+                  silent,
+                  ". The backend said: ",
+                  backend_message);
+}
+
 }  // namespace
 
-std::string describe_store(c10::intrusive_ptr<c10d::Store> store) {
+std::string describe_store(StorePtr store) {
   while (const auto prefixed = c10::dynamic_intrusive_pointer_cast<c10d::PrefixStore>(store)) {
     store = prefixed->getUnderlyingStore();
   }
@@ -83,26 +113,16 @@ void raise_failure(const std::string& operation,
                    c10d::ProcessGroup& group,
                    c10::DeviceType device_type,
                    const std::string& backend_message) {
-  const auto said = hooks_say(group, device_type, backend_message);
-  TORCH_CHECK(!said.has_value(), kOurs, "the ", operation, " failed; ", *said);
-  std::string silent;
-  std::string here = "unknown";
-  try {
-    here = std::to_string(global_rank(group, device_type, group.getRank()));
-    silent = describe_silent(group, device_type);
-  } catch (const std::exception&) {
-    silent = describe_store(group.getStore());
-  }
-  TORCH_CHECK(false,
-              kOurs,
-              "the ",
-              operation,
-              " failed on global rank ",
-              here,
-              "; ",
-              silent,
-              ". The backend said: ",
-              backend_message);
+  const auto store = [&] { return group.getStore(); };
+  TORCH_CHECK(false, describe(operation, group, device_type, backend_message, store));
+}
+
+std::string describe_failure_beside(const std::string& operation,
+                                    c10d::ProcessGroup& group,
+                                    c10::DeviceType device_type,
+                                    const std::string& reason) {
+  const auto store = [&] { return group.getStore()->clone(); };
+  return describe(operation, group, device_type, reason, store);
 }
 
 }  // namespace torch_moe_ep::comm

@@ -20,6 +20,13 @@ namespace torch_moe_ep::comm {
                                 c10::DeviceType device_type,
                                 const std::string& backend_message);
 
+// The message of that error, for a thread beside the one that waits: it takes a connection of its
+// own to the store. `reason` stands where the backend's words do.
+std::string describe_failure_beside(const std::string& operation,
+                                    c10d::ProcessGroup& group,
+                                    c10::DeviceType device_type,
+                                    const std::string& reason);
+
 // Who holds a store that does not answer, as far as that is known.
 std::string describe_store(c10::intrusive_ptr<c10d::Store> store);
 
