@@ -84,9 +84,11 @@ def backward_buffers(model: ModelShape, layout: Layout, batch: Batch) -> tuple[i
 
 
 def kept_by_head(model: ModelShape, layout: Layout, batch: Batch) -> int:
-    """Bytes that the last norm and the loss keep: the log-probabilities in fp32."""
-    norm = kept_by_norm(model.hidden, layout.precision.compute)
-    return batch.tokens * (norm + 4 * model.vocab)
+    """Bytes kept outside the layers: log-probabilities in fp32, the last norm, the rotation."""
+    size = layout.precision.compute
+    rotation = 2 * size * model.head_dim * batch.sequence
+    labels = 12  # and the last norm's scale
+    return batch.tokens * (kept_by_norm(model.hidden, size) + 4 * model.vocab + labels) + rotation
 
 
 def loss_buffers(model: ModelShape, batch: Batch) -> int:

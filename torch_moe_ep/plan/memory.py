@@ -6,6 +6,7 @@ of the first, where most gradients are there; the reduction of their gradients; 
 gradients; the optimizer's step.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch_moe_ep.plan import activations
@@ -69,7 +70,7 @@ def state_bytes(model: ModelShape, layout: Layout) -> tuple[int, int, int]:
     """
     weights = weights_of(model)
     local = local_parameters(weights, layout.world, layout.ep, layout.shard)
-    precision, counters = layout.precision, 4 * sum(weight.count for weight in weights)
+    precision, counters = layout.precision, 4 * sum(weight.num for weight in weights)
     return (
         local * precision.parameter,
         local * precision.gradient,
@@ -77,7 +78,7 @@ def state_bytes(model: ModelShape, layout: Layout) -> tuple[int, int, int]:
     )
 
 
-def layer_experts(weights: list[Weight], layers: int, ep: int) -> int:
+def layer_experts(weights: Iterable[Weight], layers: int, ep: int) -> int:
     """Parameters of the experts of one layer that an EP rank computes with."""
     return num_parameters(weights, "expert") // layers // ep
 
@@ -113,7 +114,7 @@ class _Parts:
         buffers = activations.backward_buffers(self.model, self.layout, self.batch)[0]
         kept = self.kept_below(layer) + self.at_work(layer)
         return self.moment(
-            f"experts of layer {layer}", self.done(layer), kept, buffers, self.gathered()
+            f"activation of layer {layer}", self.done(layer), kept, buffers, self.gathered()
         )
 
     def experts(self, layer: int) -> Memory:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch_moe_ep.plan.gpus import Gpu
+from torch_moe_ep.plan.gpus import GIB, Gpu
 from torch_moe_ep.plan.layout import PRECISIONS, Batch, Layout, layouts
 from torch_moe_ep.plan.memory import Memory, memory_of
 from torch_moe_ep.plan.shape import ModelShape
@@ -11,7 +11,7 @@ from torch_moe_ep.plan.speed import Speed, speed_of
 from torch_moe_ep.plan.traffic import Traffic, traffic_of
 from torch_moe_ep.plan.weights import num_parameters, weights_of
 
-CONTEXT = 2 * 2**30  # CUDA's context, libraries and NCCL's buffers
+CONTEXT = 2 * GIB  # CUDA's context, libraries and NCCL's buffers
 FRAGMENTS = 0.05  # of the card, lost to the allocator
 HOST_SHARE = 0.9  # of the host's memory that may be pinned
 
@@ -110,7 +110,7 @@ def reason(model: ModelShape, plans: Sequence[Plan], chosen: Plan | None, gpu: G
     if not better:
         return f"Because {why}."
     per_parameter = better[0].layout.precision.per_parameter
-    total = num_parameters(weights_of(model)) * per_parameter / 2**30
+    total = num_parameters(weights_of(model)) * per_parameter / GIB
     return (
         f"Because with {per_parameter} bytes a parameter on the GPUs, {total:,.0f} GiB in all, "
         f"nothing fits ({_shortage(better, gpu)}), and {why} among the rest."
@@ -124,5 +124,8 @@ def _rank(layout: Layout) -> tuple[bool, int]:
 
 def _shortage(plans: Sequence[Plan], gpu: Gpu) -> str:
     least = min((p.memory for p in plans), key=lambda memory: memory.total)
-    on_host = f" and {least.host / 2**30:,.0f} of its host" if least.host else ""
-    return f"the leanest needs {least.total / 2**30:.1f} GiB of {usable(gpu) / 2**30:.1f} a GPU{on_host}"
+    needed = f"{least.total / GIB:.1f} GiB of {usable(gpu) / GIB:.1f} a GPU"
+    if least.host > HOST_SHARE * gpu.host_memory:
+        pinned = HOST_SHARE * gpu.host_memory / GIB
+        needed += f", and {least.host / GIB:,.0f} GiB of {pinned:,.0f} of the host"
+    return f"the leanest needs {needed}"

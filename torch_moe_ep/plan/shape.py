@@ -60,41 +60,39 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
 
-# What the families' config.json call E and I; further fields are read in `from_config`.
+# What the families' config.json call I; further fields are read in `from_config`.
 FAMILIES = {
-    "mixtral": ("num_local_experts", "intermediate_size"),
-    "qwen2_moe": ("num_experts", "moe_intermediate_size"),
-    "qwen3_moe": ("num_experts", "moe_intermediate_size"),
-    "olmoe": ("num_experts", "intermediate_size"),
+    "mixtral": "intermediate_size",
+    "qwen2_moe": "moe_intermediate_size",
+    "qwen3_moe": "moe_intermediate_size",
+    "olmoe": "intermediate_size",
 }
-
-
-def _known(name: str, *numbers: int, **fields: Any) -> ModelShape:
-    return ModelShape(name, *numbers, **fields)
-
+EXPERTS = ("num_local_experts", "num_experts")  # what E is called, by family and by who saved it
 
 # name, vocabulary, H, layers, heads, key heads, head size, E, K, I: from each model's config.json.
 KNOWN = {
     shape.name.lower(): shape
     for shape in (
-        _known("mistralai/Mixtral-8x7B-v0.1", 32000, 4096, 32, 32, 8, 128, 8, 2, 14336),
-        _known("mistralai/Mixtral-8x7B-Instruct-v0.1", 32000, 4096, 32, 32, 8, 128, 8, 2, 14336),
-        _known("mistralai/Mixtral-8x22B-v0.1", 32000, 6144, 56, 48, 8, 128, 8, 2, 16384),
-        _known(
+        ModelShape("mistralai/Mixtral-8x7B-v0.1", 32000, 4096, 32, 32, 8, 128, 8, 2, 14336),
+        ModelShape(
+            "mistralai/Mixtral-8x7B-Instruct-v0.1", 32000, 4096, 32, 32, 8, 128, 8, 2, 14336
+        ),
+        ModelShape("mistralai/Mixtral-8x22B-v0.1", 32000, 6144, 56, 48, 8, 128, 8, 2, 16384),
+        ModelShape(
             "Qwen/Qwen1.5-MoE-A2.7B", 151936, 2048, 24, 16, 16, 128, 60, 4, 1408,
             shared_width=5632, has_qkv_bias=True,
         ),
-        _known(
+        ModelShape(
             "Qwen/Qwen2-57B-A14B", 151936, 3584, 28, 28, 4, 128, 64, 8, 2560,
             shared_width=20480, has_qkv_bias=True,
         ),
-        _known(
+        ModelShape(
             "Qwen/Qwen3-30B-A3B", 151936, 2048, 48, 32, 4, 128, 128, 8, 768, qk_norm="head"
         ),
-        _known(
+        ModelShape(
             "Qwen/Qwen3-235B-A22B", 151936, 4096, 94, 64, 4, 128, 128, 8, 1536, qk_norm="head"
         ),
-        _known("allenai/OLMoE-1B-7B-0924", 50304, 2048, 16, 16, 16, 128, 64, 8, 1024,
+        ModelShape("allenai/OLMoE-1B-7B-0924", 50304, 2048, 16, 16, 16, 128, 64, 8, 1024,
                qk_norm="full"),
     )
 }  # fmt: skip
@@ -144,7 +142,7 @@ def from_config(fields: Any, name: str) -> ModelShape:
             f"{name} has layers without experts (decoder_sparse_step, mlp_only_layers); the "
             f"planner takes models with experts in every layer."
         )
-    experts_name, width_name = FAMILIES[family]
+    experts_name = next((name for name in EXPERTS if fields.get(name)), EXPERTS[0])
     hidden, heads = (
         _number(fields, "hidden_size", name),
         _number(fields, "num_attention_heads", name),
@@ -160,7 +158,7 @@ def from_config(fields: Any, name: str) -> ModelShape:
         head_dim=fields.get("head_dim") or hidden // heads,
         experts=_number(fields, experts_name, name),
         top_k=_number(fields, "num_experts_per_tok", name),
-        expert_width=_number(fields, width_name, name),
+        expert_width=_number(fields, FAMILIES[family], name),
         shared_width=fields.get("shared_expert_intermediate_size") or 0,
         qk_norm={"qwen3_moe": "head", "olmoe": "full"}.get(family, ""),
         has_qkv_bias=bool(bias),

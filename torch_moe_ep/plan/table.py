@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch_moe_ep.plan.gpus import Gpu
+from torch_moe_ep.plan.gpus import GIB, Gpu
 from torch_moe_ep.plan.layout import OFFLOAD, PRECISIONS, Batch
 from torch_moe_ep.plan.search import Plan, reason, recommend, usable
 from torch_moe_ep.plan.shape import ModelShape
 from torch_moe_ep.plan.weights import num_parameters, weights_of
 
-GIB, GB = 2**30, 1e9
+GB = 1e9
 COLUMNS = (
     *("P", "S", "rep", "states", "checkpointing", "offload"),
     *("param", "grad", "optim", "activ", "buffer", "gather", "total", "fits"),

@@ -5,6 +5,7 @@ an EP rank along dimension 1, 2 or 0 over the S ranks of its shard group (`paral
 a cut is uneven the first rank holds most; all figures are that rank's.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -18,15 +19,16 @@ class Weight(NamedTuple):
     Attributes:
         kind: "expert"; "layer": dense, of a decoder layer; "root": embedding, last norm, head.
         shape: of one of them.
-        count: how many there are.
+        num: how many there are.
     """
 
     kind: str
     shape: tuple[int, ...]
-    count: int
+    num: int
 
 
-def weights_of(model: ModelShape) -> list[Weight]:
+@functools.cache
+def weights_of(model: ModelShape) -> tuple[Weight, ...]:
     """Every parameter of a model."""
     hidden, vocab = model.hidden, model.vocab
     root = [(vocab, hidden), (hidden,)] + ([] if model.is_tied else [(vocab, hidden)])
@@ -35,11 +37,11 @@ def weights_of(model: ModelShape) -> list[Weight]:
         (model.experts, 2 * model.expert_width, hidden),
         (model.experts, hidden, model.expert_width),
     ]
-    return [
+    return (
         *(Weight("root", shape, 1) for shape in root),
         *(Weight("layer", shape, model.layers) for shape in shapes),
         *(Weight("expert", shape, model.layers) for shape in experts),
-    ]
+    )
 
 
 def _attention(model: ModelShape) -> list[tuple[int, ...]]:
@@ -70,7 +72,7 @@ def num_parameters(weights: Iterable[Weight], kind: str = "") -> int:
     >>> num_parameters([Weight("expert", (8, 4, 2), 3), Weight("root", (5, 2), 1)])
     202
     """
-    return sum(math.prod(w.shape) * w.count for w in weights if kind in ("", w.kind))
+    return sum(math.prod(w.shape) * w.num for w in weights if kind in ("", w.kind))
 
 
 def local_parameters(
@@ -84,7 +86,7 @@ def local_parameters(
     8
     """
     return sum(
-        w.count * (_expert_part(w.shape, ep, shard) if w.kind == "expert" else _cut(w.shape, world))
+        w.num * (_expert_part(w.shape, ep, shard) if w.kind == "expert" else _cut(w.shape, world))
         for w in weights
         if kind in ("", w.kind)
     )
