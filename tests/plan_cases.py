@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,24 +17,27 @@ from torch_moe_ep.testing.parallel import wrap
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operators return, until they are freed."""
+    """Counts the bytes of tensors that operators return, until they are freed, and their peak."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()
         self.live: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.peak = 0
 
     @property
     def total(self) -> int:
         """Bytes now: FSDP2 empties storages that it keeps."""
-        storages = [ref() for ref in self.live.values()]
+        storages = [ref() for ref in list(self.live.values())]  # collecting takes some out
         return sum(storage.nbytes() for storage in storages if storage is not None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor):
-                self._note(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor):
+                local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+                self._note(local.untyped_storage())
+        self.peak = max(self.peak, self.total)
         return out
 
     def _note(self, storage: torch.UntypedStorage) -> None:
@@ -93,6 +97,27 @@ def _states_of(ep: int, shard: int, fields: dict[str, Any]) -> tuple[int, ...]:
 def _bytes(tensors: list[Any]) -> int:
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     return sum(t.numel() * t.element_size() for t in local)
+
+
+def peaks_of_steps(grids: list[tuple[int, int]], fields: dict[str, Any], tokens: int) -> list[int]:
+    """Bytes at the peak of a second step in each (P, S): fp32 states, bf16 compute."""
+    return [_peak_of(ep, shard, fields, tokens) for ep, shard in grids]
+
+
+def _peak_of(ep: int, shard: int, fields: dict[str, Any], tokens: int) -> int:
+    mesh = init_device_mesh("cpu", ep, shard)
+    model = apply_expert_parallel(tiny_mixtral(**fields), mesh)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = wrap(model, "fsdp2", mesh, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batch = batch_of(dist.get_rank(), tokens=tokens)
+    with LiveBytes([]) as live:
+        for _ in range(2):
+            live.peak = 0
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return live.peak
 
 
 def kept_on_ranks(

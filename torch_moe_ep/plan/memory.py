@@ -56,7 +56,7 @@ def moments(model: ModelShape, layout: Layout, batch: Batch) -> list[Memory]:
     parts = _Parts(model, layout, batch)
     last = model.layers - 1
     found = [parts.loss(), parts.experts_first(last)]
-    for layer in (last, 0):
+    for layer in sorted({last, min(1, last), 0}, reverse=True):
         found += [parts.experts(layer)]
         if layout.has_fsdp:
             found += [parts.reduction(layer)]
@@ -114,14 +114,14 @@ class _Parts:
         buffers = activations.backward_buffers(self.model, self.layout, self.batch)[0]
         kept = self.kept_below(layer) + self.at_work(layer)
         return self.moment(
-            f"activation of layer {layer}", self.done(layer), kept, buffers, self.gathered()
+            f"activation of layer {layer}", self.done(layer), kept, buffers, self.gathered(layer)
         )
 
     def experts(self, layer: int) -> Memory:
         """The end of the experts' backward, their unsharded gradients beside them."""
         buffers = activations.backward_buffers(self.model, self.layout, self.batch)[1]
         kept = self.kept_below(layer) + self.at_work(layer)
-        gradients, gathered = self.done(layer), self.gathered() + self.experts_bytes
+        gradients, gathered = self.done(layer), self.gathered(layer) + self.experts_bytes
         if not self.layout.has_fsdp:
             gradients, gathered = gradients + self.experts_bytes, 0
         return self.moment(f"experts of layer {layer}", gradients, kept, buffers, gathered)
@@ -131,7 +131,7 @@ class _Parts:
         products = activations.kept_by_experts(self.model, self.layout, self.batch)
         kept = self.kept_below(layer) + self.at_work(layer) - products
         copy = self.experts_bytes * self.layout.precision.reduce // self.layout.precision.compute
-        gathered = self.gathered() + copy
+        gathered = self.gathered(layer) + copy
         buffers = 2 * activations.block_input(self.model, self.layout, self.batch)
         name = f"reduction of layer {layer}"
         return self.moment(name, self.done(layer), kept, buffers, gathered)
@@ -154,14 +154,14 @@ class _Parts:
         above = self.layer_grad * (self.model.layers - 1 - layer)
         return above if self.layout.has_fsdp else above + self.root_grad // 2
 
-    def gathered(self) -> int:
-        """Weights while experts compute: the root's with the head's gradient, a layer and the next.
+    def gathered(self, layer: int) -> int:
+        """Weights while experts compute: the root's with the head's gradient, and of two layers.
 
-        With S > 1 the next layer's experts lie in the buffer of their all-gather.
+        With S > 1 the experts of the layer before lie in the buffer of their all-gather.
         """
         if not self.layout.has_fsdp:
             return 0
-        buffers = 1 if self.layout.shard > 1 else 0
+        buffers = 1 if self.layout.shard > 1 and layer > 0 else 0
         return self.root + self.root // 2 + 2 * self.dense + (1 + buffers) * self.experts_bytes
 
     def kept_below(self, layer: int) -> int:
