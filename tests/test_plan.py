@@ -400,15 +400,16 @@ def test_json_holds_every_layout_and_the_one_to_take(capsys):
     assert set(printed["gpu"]["sources"]) == set(printed["gpu"]) - {"name", "sources"}
 
 
-def test_network_of_another_machine_changes_the_speed():
+def test_network_of_another_machine_changes_the_speed(capsys):
     arguments = ["--model", MIXTRAL.name, "--gpus", "16", "--nodes", "2", "--gpu", "h100-80gb"]
-    command = [sys.executable, "-m", "torch_moe_ep.plan", *arguments, "--sequence", "4096"]
-    slow = subprocess.run(
-        [*command, "--network", "400"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    readme = (ROOT / "README.md").read_text()
-    assert slow.stdout not in readme
-    assert slow.stdout.splitlines()[0] in readme
+    low = []
+    for network in ("3200", "400"):
+        assert main([*arguments, "--sequence", "4096", "--json", "--network", network]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["gpu"]["network"] == float(network) * 1e9 / 8 / 8
+        assert printed["gpu"]["sources"]["network"] == f"--network {network}"
+        low.append(printed["recommended"]["speed"]["low"])
+    assert low[1] < low[0] / 2
 
 
 def test_readme_shows_what_the_command_prints():

@@ -127,11 +127,16 @@ class _Parts:
         return self.moment(f"experts of layer {layer}", gradients, kept, buffers, gathered)
 
     def reduction(self, layer: int) -> Memory:
-        """The experts' gradients and their copy in the dtype of the reduction."""
+        """The experts' gradients in the dtype of the reduction, beside what they are made of.
+
+        First the unsharded gradients are copied, then they are gone and the shard comes out.
+        """
         products = activations.kept_by_experts(self.model, self.layout, self.batch)
         kept = self.kept_below(layer) + self.at_work(layer) - products
-        copy = self.experts_bytes * self.layout.precision.reduce // self.layout.precision.compute
-        gathered = self.gathered(layer) + copy
+        precision, shard = self.layout.precision, self.layout.shard
+        copy = self.experts_bytes * precision.reduce // precision.compute
+        weights = self.gathered(layer) - self.experts_bytes  # this layer's are freed
+        gathered = weights + copy + max(self.experts_bytes, copy // shard)
         buffers = 2 * activations.block_input(self.model, self.layout, self.batch)
         name = f"reduction of layer {layer}"
         return self.moment(name, self.done(layer), kept, buffers, gathered)
