@@ -280,7 +280,8 @@ def test_mixtral_on_two_p4d_needs_bf16_states_or_the_host(capsys):
     arguments = ["--gpus", "16", "--nodes", "2", "--gpu", "a100-40gb", "--sequence", "2048"]
     assert main(["--model", MIXTRAL.name, *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "with 16 bytes a parameter on the GPUs, 696 GiB in all, nothing fits" in printed
+    refused = "fp32 states on the GPUs, 16 bytes a parameter and 696 GiB in all, do not fit"
+    assert refused in " ".join(printed.split())
     assert "bf16 weights, gradients and AdamW" in printed
 
 
@@ -385,6 +386,20 @@ def test_model_that_fits_nowhere_says_what_is_missing(capsys):
     arguments = ["--gpus", "1", "--gpu", "a100-40gb", "--sequence", "2048"]
     assert main(["--model", MIXTRAL.name, *arguments]) == 1
     assert "Nothing fits: the leanest needs" in capsys.readouterr().out
+
+
+def test_fp32_states_are_taken_where_they_fit_though_bf16_is_faster(capsys):
+    gpu = GPUS["h100-80gb"]
+    plans = plan(MIXTRAL, gpu, 16, 2, Batch(4096, 1), list(PRECISIONS))
+    chosen = recommend(plans)
+    assert chosen is not None
+    assert chosen.layout.precision.name == "mixed"
+    peers = [p for p in plans if p.fits and p.layout.precision.name == "mixed"]
+    assert chosen.speed.low >= 0.98 * max(p.speed.low for p in peers)
+    assert max(p.speed.low for p in plans if p.fits) > chosen.speed.low
+    arguments = ["--gpus", "16", "--nodes", "2", "--gpu", gpu.name, "--sequence", "4096"]
+    assert main(["--model", MIXTRAL.name, *arguments]) == 0
+    assert "others are faster with states that lose small updates" in capsys.readouterr().out
 
 
 def test_json_holds_every_layout_and_the_one_to_take(capsys):

@@ -2,12 +2,12 @@
 
 A moment's parts add up to what torch.cuda.max_memory_allocated reports. Moments: the loss begins
 its backward; the backward of the experts of the last layer, where most activations are left, and
-of the first, where most gradients are there; the reduction of their gradients; that of the root's
-gradients; the optimizer's step.
+of the second and the first, where most gradients are there; the reduction of their gradients;
+that of the root's gradients; the optimizer's step.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch_moe_ep.plan import activations
 from torch_moe_ep.plan.layout import Batch, Layout
@@ -92,6 +92,7 @@ class _Parts:
         size = layout.precision.compute
         self.root = size * num_parameters(weights, "root")
         self.dense = size * num_parameters(weights, "layer") // model.layers
+        self.head_weights = model.vocab * model.hidden
         self.experts_bytes = size * layer_experts(weights, model.layers, layout.ep)
         self.kept = activations.kept_by_layer(model, layout, batch)
         self.states = state_bytes(model, layout)
@@ -156,8 +157,9 @@ class _Parts:
 
     def done(self, layer: int) -> int:
         """Gradients of the layers behind; without FSDP those of the head as well."""
+        precision = self.layout.precision
         above = self.layer_grad * (self.model.layers - 1 - layer)
-        return above if self.layout.has_fsdp else above + self.root_grad // 2
+        return above if self.layout.has_fsdp else above + self.head_weights * precision.gradient
 
     def gathered(self, layer: int) -> int:
         """Weights while experts compute: the root's with the head's gradient, and of two layers.
@@ -167,19 +169,25 @@ class _Parts:
         if not self.layout.has_fsdp:
             return 0
         buffers = 1 if self.layout.shard > 1 and layer > 0 else 0
-        return self.root + self.root // 2 + 2 * self.dense + (1 + buffers) * self.experts_bytes
+        head_gradient = self.layout.precision.compute * self.head_weights
+        return self.root + head_gradient + 2 * self.dense + (1 + buffers) * self.experts_bytes
+
+    def kept_by_each(self) -> int:
+        """Activations of a layer whose backward is not at work, wherever they are."""
+        if self.layout.checkpointing == "none":
+            return self.kept
+        inputs = activations.block_input(self.model, self.layout, self.batch)
+        if self.layout.checkpointing == "rows":
+            return inputs + activations.kept_rows(self.model, self.layout, self.batch)
+        return inputs
 
     def kept_below(self, layer: int) -> int:
-        """Activations of the layers before this one.
+        """Activations on the GPU of the layers before this one.
 
         Offloaded: one of them, which is copied while this one computes.
         """
-        each = self.kept
-        if self.layout.checkpointing != "none":
-            each = activations.block_input(self.model, self.layout, self.batch)
-        if self.layout.checkpointing == "rows":
-            each += activations.kept_rows(self.model, self.layout, self.batch)
-        return each * (min(layer, 1) if self.layout.offload == "activations" else layer)
+        is_offloaded = self.layout.offload == "activations"
+        return self.kept_by_each() * (min(layer, 1) if is_offloaded else layer)
 
     def at_work(self, layer: int) -> int:
         """Activations of the layer whose backward runs, its input among them."""
@@ -195,6 +203,5 @@ class _Parts:
             return Memory(name, 0, 0, 0, kept, buffers, gathered, host)
         host = 0
         if self.layout.offload == "activations":
-            away = replace(self.layout, offload="none")
-            host = _Parts(self.model, away, self.batch).kept_below(self.model.layers)
+            host = self.kept_by_each() * self.model.layers
         return Memory(name, parameters, gradients, optimizer, kept, buffers, gathered, host)

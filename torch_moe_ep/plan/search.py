@@ -101,20 +101,27 @@ def reason(model: ModelShape, plans: Sequence[Plan], chosen: Plan | None, gpu: G
     """One sentence: why this one, or why none."""
     if chosen is None:
         return f"Nothing fits: {_shortage(plans, gpu)}; take more GPUs or fewer tokens a GPU."
-    fitting = sum(p.fits for p in plans)
-    why = (
-        f"of the {fitting} of {len(plans)} layouts that fit it is the fastest at the slow end of "
-        f"its range, or within 2 % of that and leaner"
-    )
+    peers = [p for p in plans if p.fits and _rank(p.layout) == _rank(chosen.layout)]
+    is_fastest = chosen.speed.low == max(p.speed.low for p in peers)
+    what = "is the fastest" if is_fastest else "needs least of those within 2 % of the fastest"
+    why = f"it {what} of the {len(peers)} layouts with {_states(chosen.layout)} that fit"
     better = [p for p in plans if _rank(p.layout) < _rank(chosen.layout)]
-    if not better:
-        return f"Because {why}."
-    per_parameter = better[0].layout.precision.per_parameter
-    total = num_parameters(weights_of(model)) * per_parameter / GIB
-    return (
-        f"Because with {per_parameter} bytes a parameter on the GPUs, {total:,.0f} GiB in all, "
-        f"nothing fits ({_shortage(better, gpu)}), and {why} among the rest."
-    )
+    if better:
+        layout = better[0].layout
+        per_parameter = layout.precision.per_parameter
+        total = num_parameters(weights_of(model)) * per_parameter / GIB
+        return (
+            f"Because {_states(layout)}, {per_parameter} bytes a parameter and {total:,.0f} GiB in "
+            f"all, do not fit ({_shortage(better, gpu)}), and {why}."
+        )
+    if any(p.fits and p.speed.low > chosen.speed.low for p in plans if p not in peers):
+        why += "; others are faster with states that lose small updates"
+    return f"Because {why}."
+
+
+def _states(layout: Layout) -> str:
+    where = "the host" if layout.offload == "parameters" else "the GPUs"
+    return f"{layout.precision.what.split()[0]} states on {where}"
 
 
 def _rank(layout: Layout) -> tuple[bool, int]:
