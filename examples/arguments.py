@@ -31,6 +31,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=int, help="ranks to launch: by default 4 on CPU, every GPU otherwise"
     )
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where")
+    run.add_argument(
+        "--training_dir", type=Path, help="what examples.prepare_data packed, instead of the manual"
+    )
     run.add_argument("--tensorboard_dir", type=Path, help="by default runs/<name>/tensorboard")
     run.add_argument("--logging_freq", type=int, default=10, help="steps between log lines")
     run.add_argument("--checkpoint_freq", type=int, default=0, help="0: at the end only")

@@ -4,8 +4,7 @@
 (the topic "compound" repeats "if", "while", "for", ...), so each paragraph is kept once: held-out
 text would otherwise occur word for word in the training text.
 
-The packing is the reference launch's: the first tenth is held out, everything is tokenised and
-concatenated, cut into blocks of equal length, labels are the input ids; one JSON object a line.
+`prepare` packs it as `examples.prepare_data` packs any text, `load` reads what either wrote.
 """
 
 import json
@@ -16,7 +15,9 @@ from pydoc_data import topics
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from examples.packing import ChannelWriter
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -78,30 +79,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def pack(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, block_size: int
-) -> list[list[int]]:
-    """Tokenise, concatenate with end-of-text between, cut; the incomplete last block is dropped."""
-    ids: list[int] = []
-    for text in texts:
-        ids.extend(tokenizer(text)["input_ids"])
-        ids.append(int(tokenizer.eos_token_id))
-    last = len(ids) - len(ids) % block_size
-    return [ids[start : start + block_size] for start in range(0, last, block_size)]
-
-
 def prepare(folder: Path, vocab_size: int, block_size: int, held_out: float = 0.1) -> str:
-    """Write tokenizer, train.jsonl and validation.jsonl into `folder`; return what was done."""
+    """Write train/, validation/ and tokenizer/ into `folder`; return what was done."""
     training, validation = split(documents(), held_out)
     tokenizer = train_tokenizer(training, vocab_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder / "tokenizer")
     num_blocks = {}
     for name, texts in (("train", training), ("validation", validation)):
-        blocks = pack(texts, tokenizer, block_size)
-        num_blocks[name] = len(blocks)
-        lines = (json.dumps({"input_ids": block, "labels": block}) for block in blocks)
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / f"{name}.progress.json").unlink(missing_ok=True)  # takes a second: done anew
+        writer = ChannelWriter(
+            folder,
+            name,
+            tokenizer=tokenizer,
+            block_size=block_size,
+            end_of_text=True,
+            settings={"source": "manual"},
+            is_quiet=True,
+        )
+        num_blocks[name] = writer.write(lambda done: iter(texts[done:]), len(texts)).blocks  # noqa: B023
     num_bytes = sum(len(text.encode()) for text in training + validation)
     return (
         f"corpus: {num_bytes / 1e6:.2f} MB of CPython's reference manual (each paragraph once), "
@@ -110,14 +105,42 @@ def prepare(folder: Path, vocab_size: int, block_size: int, held_out: float = 0.
     )
 
 
-def load(folder: Path) -> Corpus:
-    """Read what `prepare` wrote."""
-    blocks = {}
-    for name in ("train", "validation"):
-        with (folder / f"{name}.jsonl").open() as lines:
-            blocks[name] = torch.tensor([json.loads(line)["input_ids"] for line in lines])
-    vocab_size = len(PreTrainedTokenizerFast.from_pretrained(folder))
+def load(folder: Path, block_size: int | None = None) -> Corpus:
+    """Read packed text (`examples.packing` has the layout).
+
+    Args:
+        folder: with train/, validation/ and tokenizer/.
+        block_size: tokens that a block must have; None takes any.
+
+    Raises:
+        ValueError: a part is missing, or blocks have another length.
+    """
+    blocks = {name: _read_blocks(folder / name, block_size) for name in ("train", "validation")}
+    if not (folder / "tokenizer").is_dir():
+        raise ValueError(
+            f"{folder} has no tokenizer/; make it with python -m examples.prepare_data."
+        )
+    vocab_size = len(AutoTokenizer.from_pretrained(folder / "tokenizer"))
     return Corpus(blocks["train"], blocks["validation"], vocab_size)
+
+
+def _read_blocks(channel: Path, block_size: int | None) -> torch.Tensor:
+    """All blocks of the .jsonl files of one channel: int64 [blocks, block_size]."""
+    rows = []
+    for path in sorted(channel.glob("*.jsonl")):
+        with path.open() as lines:
+            rows += [torch.tensor(json.loads(line)["input_ids"]) for line in lines]
+    if not rows:
+        raise ValueError(
+            f"{channel} holds no blocks (*.jsonl); make them with python -m examples.prepare_data."
+        )
+    length = len(rows[0])
+    if block_size is not None and length != block_size:
+        raise ValueError(
+            f"{channel} holds blocks of {length} tokens, but --max_context_width is {block_size}; "
+            f"pass --max_context_width {length}, or pack anew with --block_size {block_size}."
+        )
+    return torch.stack(rows)
 
 
 def batch_of_step(

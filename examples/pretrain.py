@@ -67,6 +67,11 @@ def _use_gpu(arguments: argparse.Namespace) -> bool:
     return bool(arguments.device == "cuda")
 
 
+def data_folder(arguments: argparse.Namespace) -> Path:
+    """Where the packed text is: the one that was named, or the manual's."""
+    return Path(arguments.training_dir or arguments.runs_dir / arguments.name / "data")
+
+
 def start_ranks(arguments: argparse.Namespace) -> Ranks:
     """Join the process group. Collective."""
     if _use_gpu(arguments):
@@ -272,7 +277,8 @@ def finish(
     plots.plot_loss(log.history, unigram, folder / "loss.png")
     if log.history.expert_load:
         plots.plot_expert_load(log.history, folder / "expert_load.png")
-    print(write_sample(folder / "hf", folder / "data", folder / "sample.txt"))
+    tokenizer = data_folder(arguments) / "tokenizer"
+    print(write_sample(folder / "hf", tokenizer, folder / "sample.txt"))
     gain = unigram - validation_loss
     results = {
         "steps": arguments.max_steps,
@@ -303,9 +309,11 @@ def main(argv: list[str] | None = None) -> int:
     folder = arguments.runs_dir / arguments.name
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        print(corpus.prepare(folder / "data", arguments.vocab_size, arguments.max_context_width))
+        if arguments.training_dir is None:
+            width = arguments.max_context_width
+            print(corpus.prepare(data_folder(arguments), arguments.vocab_size, width))
     dist.barrier()
-    data = corpus.load(folder / "data")
+    data = corpus.load(data_folder(arguments), arguments.max_context_width)
     model = build_model(arguments, data.vocab_size)
     if ranks.rank == 0:
         num_parameters = sum(p.numel() for p in model.parameters())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import MixtralConfig
 
-from examples import corpus
+from examples import corpus, prepare_data
 from examples.arguments import parse_arguments
 from examples.run_log import model_flops_per_step
 
@@ -54,7 +54,9 @@ def test_patch_your_model_is_short() -> None:
 
 
 def test_pretrain_few_steps_writes_every_result(tmp_path: Path) -> None:
-    """Two updates of a tiny model end with every file that README names."""
+    """Two updates on text packed before end with every file that README names."""
+    packing = ["--output", str(tmp_path / "packed"), "--source", "manual"]
+    assert prepare_data.main([*packing, "--vocab_size=384", "--block_size=32"]) == 0
     _torchrun(
         2,
         "-m",
@@ -64,7 +66,7 @@ def test_pretrain_few_steps_writes_every_result(tmp_path: Path) -> None:
         "--hidden_width=32",
         "--intermediate_size=32",
         "--num_layers=2",
-        "--vocab_size=384",
+        "--training_dir=packed",
         "--max_context_width=32",
         "--validation_batches=1",
         "--min_gain=-10",
@@ -97,6 +99,7 @@ def test_smp_style_resumes_at_another_degree_with_the_same_losses(tmp_path: Path
             4,
             *common,
             "--checkpoint_dir=resumed",
+            "--training_dir=whole/data",
             "--resume_from_checkpoint=whole/mixtral-2steps",
             "--expert_parallel_degree=4",
             "--hybrid_shard_degree=0",

@@ -39,8 +39,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("files").add_argument
-    add("--training_dir", type=Path, help="train.jsonl, validation.jsonl and a tokenizer (of "
-        "SST-2, say), as examples/corpus.py packs them; else CPython's manual")  # fmt: skip
+    add("--training_dir", type=Path, help="what examples.prepare_data packed (SST-2, say): train/, "
+        "validation/ and tokenizer/; else CPython's manual")  # fmt: skip
     add("--checkpoint_dir", type=Path, default=Path("runs/smp-example"))
     add("--checkpoint_freq", type=int, default=0, help="steps; 0: at the end only")
     add("--num_kept_checkpoints", type=int, default=2)

@@ -252,7 +252,7 @@ def load_data(arguments: argparse.Namespace) -> corpus.Corpus:
         if dist.get_rank() == 0:
             logger.info(corpus.prepare(folder, arguments.vocab_size, arguments.max_context_width))
         dist.barrier()
-    return corpus.load(folder)
+    return corpus.load(folder, arguments.max_context_width)
 
 
 def main(argv: list[str] | None = None) -> int:
