@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 4 -m examples.pretrain --expert_parallel_degree 4
 
 Everything but three lines is what a training script without expert parallelism has; those three
-name `torch_moe_ep`. Results: runs/<name>/ with loss.png, expert_load.png, history.jsonl,
-tensorboard/, checkpoint/, hf/ (Hugging Face's layout) and sample.txt (text from that export).
+name `torch_moe_ep`. Results: runs/<name>/ with report.html and its pictures, history.jsonl,
+experts.jsonl, tensorboard/, checkpoint/, hf/ (Hugging Face's layout) and sample.txt (text from that
+export).
 """
 
 import argparse
@@ -26,12 +27,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import torch_moe_ep
-from examples import corpus, plots
+from examples import corpus
 from examples.arguments import parse_arguments
 from examples.generate import write_sample
 from examples.leave import leave
 from examples.run_log import RunLog, StepReport
 from examples.sizes import sizes_of
+from torch_moe_ep.report import write_report
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,8 @@ def train(
     data: corpus.Corpus,
     ranks: Ranks,
     folder: Path,
-) -> tuple[RunLog, float]:
-    """Run the loop; return the log and the last validation loss. Collective."""
+) -> float:
+    """Run the loop; return the last validation loss. Collective."""
     optimizer, scheduler = make_optimizer(arguments, model)
     first_step = 0
     if arguments.resume_from_checkpoint:
@@ -218,6 +220,8 @@ def train(
     log = RunLog(
         folder,
         arguments.tensorboard_dir or folder / "tensorboard",
+        model=model,
+        is_patched=expert_parallel_degree(arguments, ranks.num_ranks) > 0,
         config=model.config,
         batch_size=arguments.train_batch_size,
         num_ranks=ranks.num_ranks,
@@ -226,7 +230,7 @@ def train(
         max_steps=arguments.max_steps,
         is_writer=ranks.rank == 0,
     )
-    is_patched = expert_parallel_degree(arguments, ranks.num_ranks) > 0
+    log.reference("unigram of the training text", data.unigram_cross_entropy())
     validation_loss = math.nan
     model.train()
     for step in range(first_step, arguments.max_steps):
@@ -242,8 +246,6 @@ def train(
         ).to(ranks.device)
         loss, grad_norm = train_step(arguments, model, optimizer, tokens)
         scheduler.step()
-        if is_patched:
-            log.expert_load(step, torch_moe_ep.metrics.expert_load(model, reset=True))
         report = StepReport(step, loss, time.perf_counter() - started, lr, grad_norm)
         log.step(report, print_line=step % arguments.logging_freq == 0)
         num_done = step + 1
@@ -261,12 +263,11 @@ def train(
                 num_kept=arguments.num_kept_checkpoints,
             )
     log.close()
-    return log, validation_loss
+    return validation_loss
 
 
 def finish(
     arguments: argparse.Namespace,
-    log: RunLog,
     data: corpus.Corpus,
     validation_loss: float,
     seconds: float,
@@ -274,9 +275,7 @@ def finish(
     """Draw, generate, print, write results.json. On rank 0 alone, no collective."""
     folder = arguments.runs_dir / arguments.name
     unigram = data.unigram_cross_entropy()
-    plots.plot_loss(log.history, unigram, folder / "loss.png")
-    if log.history.expert_load:
-        plots.plot_expert_load(log.history, folder / "expert_load.png")
+    write_report(folder)
     tokenizer = data_folder(arguments) / "tokenizer"
     print(write_sample(folder / "hf", tokenizer, folder / "sample.txt"))
     gain = unigram - validation_loss
@@ -321,11 +320,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"model: Mixtral, {num_parameters / 1e6:.1f} M parameters, P = {degree}", flush=True)
     shard_model(arguments, model, ranks)
     started = time.perf_counter()
-    log, validation_loss = train(arguments, model, data, ranks, folder)
+    validation_loss = train(arguments, model, data, ranks, folder)
     seconds = time.perf_counter() - started
     torch_moe_ep.export_hf(model, folder / "hf")
     if ranks.rank == 0:
-        finish(arguments, log, data, validation_loss, seconds)
+        finish(arguments, data, validation_loss, seconds)
     leave()
     return 0
 

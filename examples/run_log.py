@@ -1,13 +1,13 @@
-"""What a run shows and keeps: progress bar, log line, TensorBoard, history, plots' data.
+"""What a run shows and keeps: progress bar, log line, TensorBoard, history and experts' load.
 
 Only rank 0 writes; the other ranks hold a log that does nothing. The log line and the TensorBoard
 tags are those of the SMP v2 training scripts, so that existing dashboards keep working.
+`python -m torch_moe_ep.report` draws what is in history.jsonl and experts.jsonl.
 """
 
-import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import MixtralConfig
 
-from torch_moe_ep.metrics import ExpertLoad
+from torch_moe_ep.metrics import JsonLines, Recorder, TensorBoard
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,6 @@ class StepReport:
     seconds: float
     lr: float
     grad_norm: float
-
-
-@dataclass
-class History:
-    """Everything the plots need.
-
-    `expert_load` holds one [layers, experts] tensor a record: copies over an even share.
-    """
-
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    validation_steps: list[int] = field(default_factory=list)
-    validation_losses: list[float] = field(default_factory=list)
-    load_steps: list[int] = field(default_factory=list)
-    expert_load: list[torch.Tensor] = field(default_factory=list)
 
 
 def model_flops_per_step(config: MixtralConfig, batch_size: int, block_size: int) -> float:
@@ -64,8 +49,10 @@ class RunLog:
     """Shows and records a run of `max_steps` steps.
 
     Args:
-        folder: where history.jsonl is written.
+        folder: where history.jsonl and experts.jsonl are written.
+        model: its experts are recorded, if it is patched; loaded from its checkpoint already.
         tensorboard_dir: where the event files go.
+        is_patched: whether it is.
         config: the model's configuration, for the FLOPs.
         batch_size: sequences a rank and step.
         num_ranks: ranks that see different data.
@@ -79,6 +66,8 @@ class RunLog:
         folder: Path,
         tensorboard_dir: Path,
         *,
+        model: torch.nn.Module,
+        is_patched: bool,
         config: MixtralConfig,
         batch_size: int,
         num_ranks: int,
@@ -87,16 +76,21 @@ class RunLog:
         max_steps: int,
         is_writer: bool,
     ) -> None:
-        self.history = History()
         self.is_writer = is_writer
         self.samples_per_step = batch_size * num_ranks
         self.tokens_per_step = self.samples_per_step * block_size
         self.flops_per_rank = model_flops_per_step(config, batch_size, block_size)
-        self.imbalance = math.nan
+        self.recorder: Recorder | None = None
+        writers: list[JsonLines | TensorBoard] = []
+        if is_writer:
+            self.history = JsonLines(folder / "history.jsonl", append=first_step > 0)
+            self.board = SummaryWriter(str(tensorboard_dir))
+            writers = [JsonLines(folder / "experts.jsonl", append=first_step > 0)]
+            writers.append(TensorBoard(self.board))
+        if is_patched:
+            self.recorder = Recorder(model, *writers)
         if not is_writer:
             return
-        self.lines = (folder / "history.jsonl").open("a" if first_step else "w", buffering=1)
-        self.board = SummaryWriter(str(tensorboard_dir))
         # A terminal gets a live bar; a log file gets one line of it every half minute.
         interval = 0.1 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(
@@ -109,21 +103,23 @@ class RunLog:
         )
 
     def step(self, report: StepReport, *, print_line: bool) -> None:
-        """Record one step; `print_line` prints the log line and writes TensorBoard too."""
-        self.history.steps.append(report.step)
-        self.history.losses.append(report.loss)
+        """Record one step; `print_line` prints the log line and writes TensorBoard too.
+
+        Collective for a patched model: its counters are added up over all ranks.
+        """
+        if self.recorder is not None:
+            self.recorder.step(report.step)
         if not self.is_writer:
             return
         speed = self.samples_per_step / report.seconds
         tflops = self.flops_per_rank / report.seconds / 1e12
         tokens_per_second = self.tokens_per_step / report.seconds
         self.bar.set_postfix_str(
-            f"loss {report.loss:.3f}, {tokens_per_second:,.0f} tokens/s, "
-            f"imbalance {self.imbalance:.2f}",
+            f"loss {report.loss:.3f}, {tokens_per_second:,.0f} tokens/s{self._imbalance()}",
             refresh=False,
         )
         self.bar.update()
-        self._write(step=report.step, loss=report.loss, seconds=report.seconds, lr=report.lr)
+        self.history({**asdict(report), "tokens_per_second": tokens_per_second})
         if not print_line:
             return
         self.bar.write(
@@ -140,10 +136,12 @@ class RunLog:
         ):
             self.board.add_scalar(tag, value, report.step)
 
+    def _imbalance(self) -> str:
+        last = None if self.recorder is None else self.recorder.last
+        return "" if last is None else f", imbalance {last['imbalance']:.2f}"
+
     def validation(self, step: int, loss: float) -> None:
         """Record the loss on held-out text after `step` steps."""
-        self.history.validation_steps.append(step)
-        self.history.validation_losses.append(loss)
         if not self.is_writer:
             return
         perplexity = math.exp(loss)
@@ -152,21 +150,18 @@ class RunLog:
         )
         self.board.add_scalar("Loss/val", loss, step)
         self.board.add_scalar("Loss/perplexity", perplexity, step)
-        self._write(step=step, validation_loss=loss)
+        self.history({"step": step, "validation_loss": loss})
 
-    def expert_load(self, step: int, load: ExpertLoad) -> None:
-        """Record the copies that each expert of each layer got in one step, over all ranks."""
-        tokens = torch.stack(list(load.tokens.values())).double()
-        self.imbalance = load.worst_imbalance
-        self.history.load_steps.append(step)
-        self.history.expert_load.append(tokens / tokens.mean(dim=1, keepdim=True).clamp(min=1e-12))
+    def reference(self, name: str, loss: float) -> None:
+        """Record a loss to compare with."""
+        if self.is_writer:
+            self.history({"reference_losses": {name: loss}})
 
     def close(self) -> None:
-        """Flush and close what is open."""
+        """Write what has not arrived yet, and close what is open."""
+        if self.recorder is not None:
+            self.recorder.flush()
         if self.is_writer:
             self.bar.close()
             self.board.close()
-            self.lines.close()
-
-    def _write(self, **values: float) -> None:
-        self.lines.write(json.dumps(values) + "\n")
+            self.history.close()

@@ -101,6 +101,9 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
             offload_policy=request.offload_policy,
             reshard_after_forward=request.reshard_after_forward,
         )
+    for name, module in found.items():
+        for router in find_routers(request.model, {name: module})[0].values():
+            state.linear_routers[name] = router
     if request.config.changes_router:
         _swap_routers(state, request)
     if request.config.global_token_shuffle:

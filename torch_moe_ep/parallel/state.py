@@ -30,6 +30,8 @@ class ExpertParallelState:
     """One patched model. `experts` maps module names, as they were at apply, to modules.
 
     So does `routers`, which is empty where the model's own routers are left as they are.
+    `linear_routers` maps names of experts to the router beside them, where it is a linear one.
+    `num_resets` counts how often the counters of experts, and those of routers, were set to zero.
     `ranks_per_node` is 0 unless tokens cross between nodes once.
     """
 
@@ -37,6 +39,8 @@ class ExpertParallelState:
     mesh: DeviceMesh
     experts: dict[str, ExpertParallelExperts]
     routers: dict[str, RoutedRouter] = field(default_factory=dict)
+    linear_routers: dict[str, nn.Module] = field(default_factory=dict)
+    num_resets: dict[str, int] = field(default_factory=lambda: {"experts": 0, "routers": 0})
     wrapper_refs: list["weakref.ref[nn.Module]"] = field(default_factory=list)
     root: nn.Module | None = None
     ranks_per_node: int = 0

@@ -1,4 +1,4 @@
-"""What experts, routers and process groups did: copies of each expert, losses, traffic.
+"""Counters, read on demand: copies of each expert, router losses, traffic.
 
 Every experts module counts its rank's copies per global expert once per backward (evaluation and
 recomputation by activation checkpointing leave the counters alone). Counting is on the device and
@@ -101,6 +101,7 @@ def router_losses(model: nn.Module, *, reset: bool = False) -> RouterLosses:
     if reset:
         for router in routers.values():
             router.loss_sums.zero_()
+        _note_reset(model, "routers")
     rows = dict(zip(routers, sums.tolist(), strict=True))
     return RouterLosses(
         z_loss={name: z / max(1.0, passes) for name, (z, _, _, _, passes) in rows.items()},
@@ -211,6 +212,13 @@ def reset_expert_load(model: nn.Module) -> None:
     """Set this rank's counters to zero. Local, no host sync."""
     for counter in _counters(model).values():
         counter.zero_()
+    _note_reset(model, "experts")
+
+
+def _note_reset(model: nn.Module, kind: str) -> None:
+    """Tell recorders, which take differences, that counting starts anew."""
+    for state in states_of(model):
+        state.num_resets[kind] += 1
 
 
 def _counters(model: nn.Module) -> dict[str, torch.Tensor]:
