@@ -52,6 +52,10 @@ def draw(run: Run) -> list[Picture]:
     return pictures
 
 
+def _whole_numbers() -> MaxNLocator:
+    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -65,7 +69,7 @@ def _draw_curve(run: Run, name: str, label: str, path: Path) -> str:
     steps, values = run.curves[name]
     axes.plot(steps, values, linewidth=1.0, color="#7fa8d6", label="each step")
     width = max(1, len(values) // 40)
-    if width > 1:
+    if width > 1 and name != "lr":
         smooth = _running_mean(numpy.array(values), width)
         axes.plot(steps, smooth, linewidth=1.6, color="#1f4e8c", label=f"mean of {width} steps")
     caption = f"Last value {values[-1]:.4g}, at step {steps[-1]}."
@@ -75,7 +79,7 @@ def _draw_curve(run: Run, name: str, label: str, path: Path) -> str:
         axes.yaxis.set_major_formatter(EngFormatter(sep=" "))
         caption = f"Median {numpy.median(values):,.0f} tokens a second."
     axes.set(xlabel="step", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
     axes.grid(alpha=0.25)
     if len(axes.get_lines()) > 1:
         axes.legend(frameon=False, fontsize="small")
@@ -109,11 +113,11 @@ def _draw_layers(run: Run, path: Path) -> str:
     num_records = max(1, len(load) // 5)
     mean = load[-num_records:].mean(axis=0)
     num_layers, num_experts = mean.shape
-    figure, axes = _figure(min(12.0, 3.0 + 0.3 * num_experts), 1.6 + 0.24 * num_layers)
+    figure, axes = _figure(min(9.0, max(7.0, 3.0 + 0.3 * num_experts)), 1.6 + 0.24 * num_layers)
     _heat_map(figure, axes, mean, (-0.5, num_experts - 0.5, num_layers - 0.5, -0.5))
     axes.set(xlabel="expert", ylabel="layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.yaxis.set_major_locator(_whole_numbers())
     if num_layers * num_experts <= 128:
         for (layer, expert), value in numpy.ndenumerate(mean):
             colour = "white" if abs(value - 1.0) > 0.7 else "black"
@@ -137,8 +141,8 @@ def _draw_time(run: Run, path: Path) -> str:
     figure, axes = _figure(8.5, max(3.0, min(14.0, height)))
     first, last = run.load_steps[0] - 0.5, run.load_steps[-1] + 0.5
     per_layer = num_experts if is_whole else 1
-    highest = 2.0 if is_whole else max(2.0, float(rows.max()))
-    _heat_map(figure, axes, rows.T, (first, last, num_layers * per_layer, 0), highest)
+    extent = (first, last, num_layers * per_layer, 0)
+    _heat_map(figure, axes, rows.T, extent, is_busiest=not is_whole)
     if is_whole:
         for layer in range(1, num_layers):
             axes.axhline(layer * num_experts, color="black", linewidth=0.8)
@@ -146,7 +150,7 @@ def _draw_time(run: Run, path: Path) -> str:
     marks = range(0, num_layers, every)
     axes.set_yticks([per_layer * (layer + 0.5) for layer in marks], [f"layer {k}" for k in marks])
     axes.set(xlabel="step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
     figure.savefig(path, dpi=DPI)
     what = f"{num_experts} experts a layer, from top to bottom" if is_whole else (
         f"the busiest of the {num_experts} experts of each layer"
@@ -170,24 +174,24 @@ def _heat_map(
     axes: Axes,
     values: numpy.ndarray,
     extent: tuple[float, float, float, float],
-    highest: float = 2.0,
+    *,
+    is_busiest: bool = False,
 ) -> None:
-    """White is an even share, blue less, red more."""
+    """White is an even share, red more, blue less; `is_busiest`: nothing is less."""
+    highest = max(2.0, float(values.max())) if is_busiest else 2.0
     image = axes.imshow(
         values,
         aspect="auto",
         interpolation="nearest",
-        cmap="RdBu_r",
-        norm=_centred(highest),
+        cmap="Reds" if is_busiest else "RdBu_r",
+        vmin=1.0 if is_busiest else 0.0,
+        vmax=highest,
         extent=extent,
     )
-    figure.colorbar(image, ax=axes, label="copies over an even share", extend="max")
-
-
-def _centred(highest: float) -> Any:
-    from matplotlib.colors import TwoSlopeNorm
-
-    return TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=highest)
+    colours = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
+    colours.set_label(
+        "copies over an even share" + ("" if is_busiest else " (2 and more: darkest)")
+    )
 
 
 def _draw_entropy(run: Run, path: Path) -> str:
@@ -208,7 +212,7 @@ def _draw_entropy(run: Run, path: Path) -> str:
     axes.axhline(highest, color="grey", linestyle="--", linewidth=1.0)
     axes.annotate(f"log {num_experts}", (run.load_steps[0], highest), va="bottom", fontsize="small")
     axes.set(xlabel="step", ylabel="nats a token", ylim=(0.0, 1.12 * highest))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_whole_numbers())
     axes.grid(alpha=0.25)
     if len(run.layers) <= 8:
         axes.legend(frameon=False, fontsize="small", ncols=2, loc="lower left")

@@ -26,8 +26,9 @@ h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 0 0 .4rem; 
 .facts b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .facts span { color: var(--dim); font-size: .85rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(32rem, 100%), 1fr));
-  gap: 1rem; }
-section { border: 1px solid var(--line); border-radius: 8px; padding: 1rem; overflow-x: auto; }
+  gap: 1rem; align-items: start; }
+section { border: 1px solid var(--line); border-radius: 8px; padding: 1rem; overflow: auto; }
+section:has(table) { max-height: 60rem; }
 section p { color: var(--dim); font-size: .9rem; margin: .5rem 0 0; }
 img { width: 100%; height: auto; background: #fff; border-radius: 4px; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
@@ -106,16 +107,17 @@ def _figure(picture: Picture) -> str:
 def _layer_table(run: Run) -> str:
     if not run.load:
         return ""
-    rows = []
-    for layer, name in enumerate(run.layers):
-        load = run.load[-1][layer]
-        values = [name, f"{max(load):.2f}", f"{min(load):.2f}"]
-        for column in (run.entropy, run.dropped_share):
-            value = column[-1][layer]
-            values.append("" if value is None else f"{value:.3f}")
-        rows.append(values)
-    head = ["layer", "busiest expert", "idlest expert", "router entropy", "dropped share"]
-    return _table(f"Layers at step {run.load_steps[-1]}", head, rows)
+    last = run.load[-1]
+    columns = {
+        "layer": list(run.layers),
+        "busiest expert": [f"{max(load):.2f}" for load in last],
+        "idlest expert": [f"{min(load):.2f}" for load in last],
+    }
+    for head, values in (("router entropy", run.entropy), ("dropped share", run.dropped_share)):
+        if any(value is not None for value in values[-1]):
+            columns[head] = ["" if value is None else f"{value:.3f}" for value in values[-1]]
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    return _table(f"Layers at step {run.load_steps[-1]}", list(columns), rows)
 
 
 def _traffic_table(run: Run) -> str:

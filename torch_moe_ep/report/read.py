@@ -51,9 +51,9 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """Steps up to the last one recorded, counted from 0."""
-        steps = [steps[-1] for steps, _ in self.curves.values()] + self.load_steps[-1:]
-        return max(steps) + 1
+        """Steps that have been done: they count from 0, validation stands after so many."""
+        done = [steps[-1] + (name != "validation_loss") for name, (steps, _) in self.curves.items()]
+        return max([*done, *(step + 1 for step in self.load_steps[-1:])], default=0)
 
 
 def read_run(folder: Path) -> Run:
