@@ -3,16 +3,23 @@
 import argparse
 from pathlib import Path
 
+LATEST = Path("latest")
+
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line. Sizes default to a small model; Mixtral 8x7B's are in the help."""
+    """Parse the command line."""
+    return make_parser().parse_args(argv)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All arguments. Sizes default to a small model; Mixtral 8x7B's are in the help."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     _add_training(parser)
     _add_files(parser)
     _add_model(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +37,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--weight_decay", type=float, default=0.2, help="none on norms and biases")
     add("--grad_clip", type=float, default=1.0)
     add("--bf16", type=int, default=1, choices=(0, 1))
+    add("--param_dtype", default="float32", choices=("float32", "bfloat16"), help="of weights, "
+        "gradients and AdamW's state: 16 or 8 bytes a parameter")  # fmt: skip
     add("--activation_checkpointing", type=int, default=1, choices=(0, 1))
     add("--delayed_param", type=int, default=1, choices=(0, 1), help="start on the meta device")
     add("--logging_freq", type=int, default=1, help="steps")
@@ -44,7 +53,11 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint_dir", type=Path, default=Path("runs/smp-example"))
     add("--checkpoint_freq", type=int, default=0, help="steps; 0: at the end only")
     add("--num_kept_checkpoints", type=int, default=2)
-    add("--resume_from_checkpoint", type=Path, help="a checkpoint, or the folder of several")
+    add("--resume_from_checkpoint", type=Path, help="a checkpoint, the folder of several, or "
+        f"{LATEST}: the newest in checkpoint_dir, if there is any")  # fmt: skip
+    add("--checkpoints_per_node", type=int, default=0, choices=(0, 1), help="checkpoint_dir "
+        "is a folder of each node; something gathers what they write (SageMaker does)")  # fmt: skip
+    add("--stop_file", type=Path, help="once it is there, save at the next log line and end")
     add("--tensorboard_dir", type=Path)
     add("--hf_pretrained_model_name_or_dir", default="", help="finetune; read on rank 0 alone")
 

@@ -11,87 +11,25 @@ import logging
 import math
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
-from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import torch_moe_ep
 import torch_moe_ep.integrations.smp as tsm
 from examples import corpus
+from examples.launch import node_folders
 from examples.leave import leave
 from examples.run_log import model_flops_per_step
-from examples.sizes import sizes_of
-from examples.smp_style.arguments import parse_arguments
-from torch_moe_ep.integrations.smp.delayed_param import DelayedParamIniter
-from torch_moe_ep.integrations.smp.tensor_parallel.transformer import TransformerLayer
+from examples.smp_style.arguments import LATEST, parse_arguments
+from examples.smp_style.model import make_config, make_model
+from torch_moe_ep.metrics import JsonLines, Recorder
+from torch_moe_ep.parallel.state import iter_experts
 
 logger = tsm.logger.get_logger()
-
-
-def make_config(arguments: argparse.Namespace, vocab_size: int) -> MixtralConfig:
-    """Mixtral's configuration with the sizes of the arguments."""
-    return MixtralConfig(
-        **sizes_of(arguments, vocab_size),
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        use_cache=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )
-
-
-def make_model(arguments: argparse.Namespace, vocab_size: int, device: torch.device) -> nn.Module:
-    """Build, transform and wrap the model; weights are drawn, or rank 0's."""
-    pretrained = arguments.hf_pretrained_model_name_or_dir
-    is_meta = bool(arguments.delayed_param) and not pretrained
-    torch.manual_seed(arguments.seed)
-    if pretrained and dist.get_rank() == 0:
-        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32)
-    else:
-        with torch.device("meta" if is_meta or pretrained else "cpu"):
-            config = make_config(arguments, vocab_size)
-            if pretrained:
-                config = MixtralConfig.from_pretrained(pretrained)
-            model = MixtralForCausalLM(config)
-    model = tsm.transform(
-        model,
-        config=tsm.MoEConfig(moe_load_balancing=arguments.moe_load_balancing),
-        load_state_dict_from_rank0=bool(pretrained),
-    )
-    initer = DelayedParamIniter(model)
-    policy = functools.partial(
-        transformer_auto_wrap_policy, transformer_layer_cls={TransformerLayer}
-    )
-    mixed = MixedPrecision(torch.bfloat16, torch.float32) if arguments.bf16 else None
-    with warnings.catch_warnings(), initer.validate_params_and_buffers_inited():
-        warnings.simplefilter("ignore")
-        wrapped = tsm.FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=policy,
-            mixed_precision=mixed,
-            sharding_strategy=ShardingStrategy.FULL_SHARD,
-            device_id=device,
-            use_orig_params=True,
-            param_init_fn=initer.get_param_init_fn() if is_meta else None,
-            post_param_init_fn=initer.get_post_param_init_fn() if is_meta else None,
-        )
-    if arguments.activation_checkpointing:
-        apply_activation_checkpointing(
-            wrapped,
-            checkpoint_wrapper_fn=checkpoint_wrapper,
-            check_fn=lambda module: isinstance(module, TransformerLayer),
-        )
-    return wrapped
 
 
 def learning_rate_factor(arguments: argparse.Namespace, step: int) -> float:
@@ -104,11 +42,11 @@ def learning_rate_factor(arguments: argparse.Namespace, step: int) -> float:
     return lowest + (1.0 - lowest) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def mean_over_ranks(value: torch.Tensor) -> float:
-    """The mean of a number over all ranks."""
-    total = value.detach().float().clone()
+def mean_over_ranks(*values: torch.Tensor) -> list[float]:
+    """The means of numbers over all ranks. Collective; waits for the device."""
+    total = torch.stack([value.detach().float() for value in values])
     dist.all_reduce(total)
-    return total.item() / dist.get_world_size()
+    return [value / dist.get_world_size() for value in total.tolist()]
 
 
 def loss_of(model: nn.Module, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -131,7 +69,7 @@ def validate(
         )
         total += loss_of(model, ids, device) / arguments.validation_batches
     model.train()
-    return mean_over_ranks(total)
+    return mean_over_ranks(total)[0]
 
 
 class Script:
@@ -151,12 +89,18 @@ class Script:
             self.optimizer, functools.partial(learning_rate_factor, arguments)
         )
         self.step = 0
+        self.is_stopping = False
         is_writing = dist.get_rank() == 0 and arguments.tensorboard_dir is not None
         self.board = SummaryWriter(arguments.tensorboard_dir) if is_writing else None
+        self.history: JsonLines | None = None
+        self.recorder: Recorder | None = None
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint, or from the newest in a folder; the degree may be another."""
         newest = torch_moe_ep.latest_checkpoint(path)
+        if newest is None and path == self.arguments.checkpoint_dir:
+            logger.info("no checkpoint in %s yet: starting", path)
+            return
         self.step = torch_moe_ep.load_checkpoint(
             path if newest is None else newest,
             self.model,
@@ -167,14 +111,17 @@ class Script:
 
     def save(self) -> None:
         """Write a checkpoint of this step, keep the newest few."""
+        path = self.arguments.checkpoint_dir / f"mixtral-{self.step}steps"
         torch_moe_ep.save_checkpoint(
-            self.arguments.checkpoint_dir / f"mixtral-{self.step}steps",
+            path,
             self.model,
             self.optimizer,
             step=self.step,
             scheduler=self.scheduler,
             num_kept=self.arguments.num_kept_checkpoints,
         )
+        if self.arguments.checkpoints_per_node:
+            node_folders.publish_here(path, self.arguments.num_kept_checkpoints)
 
     def train_step(self) -> None:
         """One optimizer step, and its log line."""
@@ -196,9 +143,18 @@ class Script:
         self.optimizer.zero_grad()
         self.scheduler.step()
         self.step += 1
+        if self.recorder is not None:
+            self.recorder.step(self.step - 1)
         if self.step % arguments.logging_freq == 0:
-            mean = mean_over_ranks(loss)  # waits for the step
+            mean, stop = mean_over_ranks(loss, self.stop_wanted())  # waits for the step
+            self.is_stopping = stop > 0
             self.report(mean, time.perf_counter() - started, lr, norm.item(), ids.shape[1])
+
+    def stop_wanted(self) -> torch.Tensor:
+        """1 on rank 0 once the stop file is there, else 0."""
+        path = self.arguments.stop_file
+        is_wanted = path is not None and dist.get_rank() == 0 and path.exists()
+        return torch.tensor(float(is_wanted), device=self.device)
 
     def report(self, loss: float, seconds: float, lr: float, norm: float, width: int) -> None:
         """The log line and the TensorBoard tags of one step."""
@@ -213,12 +169,30 @@ class Script:
         )  # fmt: skip
         self.write({"Loss/train": loss, "Perf/SeqPerSec": speed, "Perf/ModelTFLOPs": tflops,
                     "LR/learning_rate": lr, "Norms/grad_norm": norm})  # fmt: skip
+        self.note(step=self.step - 1, loss=loss, seconds=seconds, lr=lr, grad_norm=norm,
+                  tokens_per_second=speed * width)  # fmt: skip
 
     def report_validation(self) -> None:
         """Validate, log and write."""
         loss = validate(self.arguments, self.model, self.data.validation, self.device)
         logger.info("Batch %d Validation loss: %s", self.step - 1, loss)
         self.write({"Loss/val": loss, "Loss/perplexity": math.exp(loss)})
+        self.note(step=self.step, validation_loss=loss)
+
+    def open_history(self) -> None:
+        """Start history.jsonl and experts.jsonl, which `torch_moe_ep.report` draws."""
+        folder, is_resumed = self.arguments.checkpoint_dir, self.step > 0
+        writers = []
+        if dist.get_rank() == 0:
+            self.history = JsonLines(folder / "history.jsonl", append=is_resumed)
+            writers = [JsonLines(folder / "experts.jsonl", append=is_resumed)]
+        if any(True for _ in iter_experts(self.model)):
+            self.recorder = Recorder(self.model, *writers, every=self.arguments.logging_freq)
+
+    def note(self, **values: float) -> None:
+        """A line of history.jsonl, on rank 0."""
+        if self.history is not None:
+            self.history(values)
 
     def write(self, values: dict[str, float]) -> None:
         """Write numbers under their tags, on rank 0 with a TensorBoard folder."""
@@ -227,15 +201,20 @@ class Script:
                 self.board.add_scalar(tag, value, self.step - 1)
 
     def run(self) -> None:
-        """Train to the last step, validating and saving on the way and at the end."""
+        """Train to the last step, or to a stop, validating and saving on the way and at the end."""
         arguments = self.arguments
-        while self.step < arguments.max_steps:
+        self.open_history()
+        while self.step < arguments.max_steps and not self.is_stopping:
             self.train_step()
             is_last = self.step == arguments.max_steps
             if is_last or _is_due(self.step, arguments.validation_freq):
                 self.report_validation()
-            if is_last or _is_due(self.step, arguments.checkpoint_freq):
+            if is_last or self.is_stopping or _is_due(self.step, arguments.checkpoint_freq):
                 self.save()
+        if self.step < arguments.max_steps:
+            logger.info("stopped after step %d: %s is there", self.step - 1, arguments.stop_file)
+        if self.recorder is not None:
+            self.recorder.flush()
         if self.board is not None:
             self.board.close()
 
@@ -273,8 +252,9 @@ def main(argv: list[str] | None = None) -> int:
         }
     )
     script = Script(arguments, load_data(arguments), device)
-    if arguments.resume_from_checkpoint is not None:
-        script.resume(arguments.resume_from_checkpoint)
+    resume_from = arguments.resume_from_checkpoint
+    if resume_from is not None:
+        script.resume(arguments.checkpoint_dir if resume_from == LATEST else resume_from)
     script.run()
     leave()
     return 0
