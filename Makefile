@@ -29,6 +29,7 @@ help:
 	@echo 'make smp-example    an SMP v2 style script on 4 CPU ranks: train, validate, save, resume'
 	@echo 'make test           lint and all tests but the long ones'
 	@echo 'make test-full      lint and all tests, packages, worlds of 8 ranks and soaks among them'
+	@echo 'make test-sagemaker what the SageMaker example asks AWS for, with its 300 MB of packages, no account'
 	@echo 'make lint           ruff, mypy, clang-format, clang-tidy'
 	@echo 'make format         let ruff and clang-format rewrite what lint would refuse'
 	@echo 'make build          compile the operator library (with CUDA where torch and nvcc have it)'
@@ -101,7 +102,7 @@ $(TIDY_STAMPS): $(STAMPS)/tidy/%: % $(HEADERS) .clang-tidy $(STAMPS)/tidy-flags
 
 # Tests
 
-.PHONY: test test-full sanitize
+.PHONY: test test-full test-sagemaker sanitize
 test: $(if $(IS_DEFAULT),lint) $(STAMPS)/build
 	@echo '== tests'
 	@$(PY) -m pytest $(PYTEST_ARGS)
@@ -109,6 +110,17 @@ test: $(if $(IS_DEFAULT),lint) $(STAMPS)/build
 test-full: $(if $(IS_DEFAULT),lint) $(STAMPS)/build
 	@echo '== all tests'
 	@$(PY) -m pytest -m 'full or not full' $(PYTEST_ARGS)
+
+# In an environment of its own: the package pins older versions of packages that the tools want newer.
+SAGEMAKER_VENV := .venv-sagemaker
+$(SAGEMAKER_VENV)/done:
+	@.ci/make-venv "$(SAGEMAKER_VENV)" "$(PYTHON)"
+	@$(SAGEMAKER_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		sagemaker==2.257.7 sagemaker-training==5.1.4 pytest==9.2.0
+	@touch $@
+
+test-sagemaker: $(SAGEMAKER_VENV)/done
+	@$(SAGEMAKER_VENV)/bin/python -m pytest --noconftest tests/test_sagemaker_request.py
 
 # On a machine with a GPU: compute-sanitizer over the GPU tests' small cases.
 sanitize: $(STAMPS)/build
