@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from examples import corpus
 from examples.launch import sagemaker_job
@@ -68,7 +70,7 @@ def test_two_nodes_stop_and_sagemaker_goes_on_from_what_both_wrote(tmp_path: Pat
             script,
             *("--training_dir", str(tmp_path / "data"), "--hybrid_shard_degree=1"),
             *("--checkpoint_dir", str(tmp_path / f"node{node}"), "--checkpoints_per_node=1"),
-            *("--stop_file", str(tmp_path / "stop")),
+            *("--stop_file", str(tmp_path / "stop"), "--param_dtype=bfloat16"),
             NODES="2", HEAD="localhost", PORT=port, RANKS_PER_NODE="1",
         )
         for node in range(2)
@@ -104,12 +106,19 @@ def _go_on_as_sagemaker(folder: Path, checkpoints: Path) -> None:
         CHECKPOINT_DIR=str(checkpoints),
         SM_CHANNEL_TRAIN=str(folder / "data" / "train"),
         SM_HP_HYBRID_SHARD_DEGREE="1",
+        SM_HP_PARAM_DTYPE="bfloat16",
     )
     text = job.communicate(timeout=240)[0]
     assert job.returncode == 0, text
     batches = [line.split()[1] for line in text.splitlines() if line.startswith("Batch ")]
     assert batches == ["1", "1"], text  # the second one is the validation
-    assert (checkpoints / "mixtral-2steps" / "complete.json").exists()
+    saved = FileSystemReader(checkpoints / "mixtral-2steps").read_metadata().state_dict_metadata
+    for kind in ("model.", "optimizer."):  # 8 bytes a parameter: AdamW's state is bf16 too
+        tensors = [
+            value for name, value in saved.items() if name.startswith(kind) and "gate_up" in name
+        ]
+        dtypes = {value.properties.dtype for value in tensors if value.size.numel() > 1}
+        assert dtypes == {torch.bfloat16}, kind
 
 
 @pytest.fixture
@@ -119,7 +128,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     srun runs until the stop file is there, or fails at once where there is a file `fail`.
     """
     programs = {
-        "srun": 'echo "$@" > args\n[[ -e fail ]] && exit 3\n'
+        "srun": 'echo "$HEAD $JOB" > head\necho "$@" > args\n[[ -e fail ]] && exit 3\n'
         "until [[ -e run/stop ]]; do sleep 0.05; done",
         "scontrol": 'echo "$@" >> scontrol-args\n[[ $1 == show ]] && printf "n1\\nn2\\n"; exit 0',
     }
@@ -151,6 +160,7 @@ def test_slurm_job_whose_time_is_up_saves_and_goes_back_into_the_queue(
     assert job.wait(timeout=30) == 0
     notes = (tmp_path / "scontrol-args").read_text().splitlines()
     assert notes == ["show hostnames n[1-2]", "requeue 77"]
+    assert (tmp_path / "head").read_text() == "n1 77.0\n"
     words = (tmp_path / "args").read_text().split()
     script = words.index("examples/launch/several_nodes.sh")
     given = make_parser().parse_args(words[script + 1 :])

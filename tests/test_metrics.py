@@ -22,6 +22,7 @@ from torch_moe_ep.metrics import (
     router_losses,
 )
 from torch_moe_ep.metrics import recorder as recorder_module
+from torch_moe_ep.metrics.entropy import watch_entropy
 from torch_moe_ep.parallel import apply_expert_parallel, init_device_mesh
 from torch_moe_ep.parallel.state import iter_experts
 from torch_moe_ep.testing import batch_of, tiny_mixtral
@@ -93,6 +94,8 @@ def records_on_rank(folder: str, is_checkpointed: bool):
             assert recorder.last is not None
             reset_expert_load(model)
     losses = router_losses(model)
+    sums = watch_entropy(model.model.layers[0].mlp.gate, torch.device("cpu"))
+    assert sums[1] == 4 * 24  # tokens of four steps, recomputation and evaluation left out
     board.close()
     return recorder.last, torch.cat(entropies[2:]), losses.num_dropped
 
