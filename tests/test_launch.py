@@ -18,6 +18,7 @@ from examples.launch import sagemaker_job
 from examples.launch.node_folders import missing_files, newest_whole
 from examples.launch.sagemaker_entry import complete_arguments
 from examples.smp_style.arguments import make_parser
+from torch_moe_ep.plan import GPUS, PRECISIONS, Batch, find_shape, plan, recommend
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "examples/launch"
@@ -207,7 +208,17 @@ def test_sagemaker_hyperparameters_are_arguments_of_the_script() -> None:
 )
 def test_sagemaker_precision_fits_the_instances(instance_type, count, dtype) -> None:
     arguments = _job("--instance_type", instance_type, "--instance_count", str(count))
-    assert sagemaker_job.hyperparameters(arguments)["param_dtype"] == dtype
+    values = sagemaker_job.hyperparameters(arguments)
+    assert values["param_dtype"] == dtype
+    gpu = {40: "a100-40gb", 80: "h100-80gb", 141: "h200-141gb"}[
+        sagemaker_job.INSTANCES[instance_type].gpu_gb
+    ]
+    shape, batch = find_shape("mistralai/Mixtral-8x7B-v0.1"), Batch(sequence=2048, samples=1)
+    advised = recommend(plan(shape, GPUS[gpu], 8 * count, count, batch, list(PRECISIONS)))
+    assert advised is not None
+    assert {"mixed": "float32", "bf16": "bfloat16"}[advised.layout.precision.name] == dtype
+    degrees = (values["expert_parallel_degree"], values["hybrid_shard_degree"])
+    assert degrees == (advised.layout.ep, advised.layout.shard)
 
 
 def test_sagemaker_refuses_what_does_not_fit(capsys) -> None:
