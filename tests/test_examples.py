@@ -13,6 +13,7 @@ from transformers import MixtralConfig
 from examples import corpus, prepare_data
 from examples.arguments import parse_arguments
 from examples.run_log import model_flops_per_step
+from torch_moe_ep.report import read_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,7 +113,12 @@ def test_smp_style_resumes_at_another_degree_with_the_same_losses(tmp_path: Path
         assert math.isclose(loss, whole[name], rel_tol=1e-4)
     assert any(boards.iterdir())
     kept = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert kept == {"data", "mixtral-2steps", "mixtral-4steps"}
+    files = {"history.jsonl", "experts.jsonl"}
+    assert kept == {"data", "mixtral-2steps", "mixtral-4steps", *files}
+    for folder, steps in (("whole", [0, 1, 2, 3]), ("resumed", [2, 3])):
+        run = read_run(tmp_path / folder)
+        assert run.curves["loss"][0] == run.load_steps == steps
+        assert run.num_steps == 4
 
 
 def test_corpus_packing_cuts_blocks_and_holds_out_text(tmp_path: Path) -> None:
