@@ -11,6 +11,7 @@ OUT/<channel>.progress.json, so that a killed run goes on where it was.
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -124,6 +125,7 @@ class ChannelWriter:
                 desc=self.name,
                 unit=" documents",
                 dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 30.0,  # a log file gets few lines
                 disable=self.is_quiet,
             ) as bar,
         ):

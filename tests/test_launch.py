@@ -181,6 +181,38 @@ def test_slurm_job_that_fails_keeps_its_status_and_is_not_queued(
     assert "requeue" not in (tmp_path / "scontrol-args").read_text()
 
 
+@pytest.mark.full
+def test_slurm_job_trains_stops_and_goes_on(tmp_path: Path, slurm: dict[str, str]) -> None:
+    """Slurm's own programs replaced by what they do on one node; everything else is real."""
+    (tmp_path / "bin/srun").write_text('#!/bin/bash\nshift\nexec "$@"\n')
+    (tmp_path / "bin/scontrol").write_text("#!/bin/bash\necho localhost\n")
+    corpus.prepare(tmp_path / "data", vocab_size=384, block_size=32)
+    run = tmp_path / "run"
+    environment = {**_environment(**slurm), "SLURM_SUBMIT_DIR": str(ROOT), "RUN": str(run)}
+    environment.update(SLURM_JOB_NUM_NODES="1", RANKS_PER_NODE="2", PYTHONUNBUFFERED="1")
+    path = [str(tmp_path / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment["PATH"] = os.pathsep.join(path)
+    given = ["--training_dir", str(tmp_path / "data"), "--hybrid_shard_degree=1", *TINY]
+
+    def start(max_steps: int) -> subprocess.Popen[str]:
+        words = ["bash", str(LAUNCH / "slurm.sbatch"), *given, f"--max_steps={max_steps}"]
+        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+
+    job = start(100_000)
+    assert job.stdout is not None
+    for line in job.stdout:
+        if line.startswith("Batch 2 "):
+            job.send_signal(signal.SIGUSR1)
+            break
+    rest = job.communicate(timeout=120)[0]
+    assert job.returncode == 0
+    stopped = next(int(line.split()[3][:-1]) for line in rest.splitlines() if "stopped" in line)
+    assert rest.splitlines()[-1] == "localhost"  # scontrol requeue
+    text = start(stopped + 3).communicate(timeout=120)[0]
+    batches = [int(line.split()[1]) for line in text.splitlines() if line.startswith("Batch ")]
+    assert batches == [stopped + 1, stopped + 2, stopped + 2]  # the last one is the validation
+
+
 def _job(*arguments: str):
     common = ["--role", "arn:aws:iam::1:role/r", "--image_uri", "image", "--data", "s3://b/sst2/"]
     return sagemaker_job.parse_arguments([*common, "--output", "s3://b/runs", *arguments])

@@ -136,3 +136,12 @@ def test_many_records_are_averaged_into_few_columns() -> None:
     assert binned[-1] == rows[len(rows) // 3 * 3 :].mean() == 801.0
     smooth = _running_mean(numpy.array([3.0, 5.0, 7.0]), 2)
     assert smooth.tolist() == [3.0, 4.0, 6.0]
+
+
+def test_loss_that_was_nan_does_not_hide_what_came_after(tmp_path: Path) -> None:
+    losses = numpy.array([numpy.nan, 5.0, numpy.inf, 7.0, 9.0])
+    assert _running_mean(losses, 2).tolist()[1:] == [5.0, 5.0, 7.0, 8.0]
+    lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses.tolist())]
+    write_lines(tmp_path / "history.jsonl", *lines)
+    page = write_report(tmp_path)[-1].read_text()
+    assert "Last value 9, at step 4. 2 values are not finite." in page

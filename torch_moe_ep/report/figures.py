@@ -73,6 +73,9 @@ def _draw_curve(run: Run, name: str, label: str, path: Path) -> str:
         smooth = _running_mean(numpy.array(values), width)
         axes.plot(steps, smooth, linewidth=1.6, color="#1f4e8c", label=f"mean of {width} steps")
     caption = f"Last value {values[-1]:.4g}, at step {steps[-1]}."
+    num_bad = int((~numpy.isfinite(values)).sum())
+    if num_bad:
+        caption += f" {num_bad} values are not finite."
     if name == "loss":
         caption += _draw_other_losses(run, axes)
     if name == "tokens_per_second":
@@ -100,11 +103,18 @@ def _draw_other_losses(run: Run, axes: Axes) -> str:
 
 
 def _running_mean(values: numpy.ndarray, width: int) -> numpy.ndarray:
-    """Mean of each value and the `width` - 1 before it, or as many as there are."""
-    sums = numpy.concatenate([[0.0], numpy.cumsum(values)])
+    """Mean of the finite ones among each value and the `width` - 1 before it; NaN: there are none.
+
+    A loss that was NaN once must not hide what came after it.
+    """
+    is_finite = numpy.isfinite(values)
+    sums = numpy.concatenate([[0.0], numpy.cumsum(numpy.where(is_finite, values, 0.0))])
+    counts = numpy.concatenate([[0], numpy.cumsum(is_finite)])
     ends = numpy.arange(1, len(values) + 1)
     starts = numpy.maximum(0, ends - width)
-    return numpy.asarray((sums[ends] - sums[starts]) / (ends - starts))
+    num_finite = counts[ends] - counts[starts]
+    mean = (sums[ends] - sums[starts]) / numpy.maximum(1, num_finite)
+    return numpy.where(num_finite > 0, mean, numpy.nan)
 
 
 def _draw_layers(run: Run, path: Path) -> str:
