@@ -20,7 +20,7 @@ HEADERS := $(shell find csrc -name '*.h' -o -name '*.cuh')
 HOST_SOURCES := $(shell find csrc -name '*.cpp')
 CUDA_SOURCES := $(shell find csrc -name '*.cu')
 TIDY_STAMPS := $(HOST_SOURCES:%=$(STAMPS)/tidy/%)
-PYTHON_FOLDERS := setup.py torch_moe_ep tests benchmarks examples .ci
+PYTHON_FOLDERS := setup.py torch_moe_ep tests benchmarks examples .ci docs/images
 JOBS ?= $(or $(MAX_JOBS),$(shell nproc))
 
 .PHONY: help
@@ -37,6 +37,7 @@ help:
 	@echo 'make info           versions, how the library was built, what this machine can use'
 	@echo 'make sanitize       compute-sanitizer over the small GPU tests (needs a GPU)'
 	@echo 'make kernel-report  registers, shared memory and main loops of the CUDA kernels'
+	@echo 'make docs           the documents as a site in build/site; a link that leads nowhere is an error'
 	@echo 'make clean          remove everything that was built and every environment'
 	@echo
 	@echo 'PYTHON=python3.12   the interpreter, 3.10 to 3.13'
@@ -143,6 +144,11 @@ info: $(STAMPS)/build
 
 kernel-report: $(STAMPS)/build
 	@$(PY) .ci/kernel_report.py
+
+.PHONY: docs
+docs: $(STAMPS)/requirements
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo 'build/site/index.html'
 
 .PHONY: clean
 clean:

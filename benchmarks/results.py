@@ -1,7 +1,8 @@
 """Prints result files: `python -m benchmarks.results [--plot] [FILES]`; all files by default.
 
-`--readme` rewrites the table between README's markers from the newest layer files, one for GPUs
-and one for CPUs; a test checks that README is up to date.
+`--readme` rewrites what stands between the markers of README, from the newest layer files, one for
+GPUs and one for CPUs, and of docs/performance.md, from the newest file of every benchmark; a test
+checks that both are up to date.
 """
 
 import argparse
@@ -115,10 +116,14 @@ def _markdown(path: Path) -> str:
 
 def readme_with_tables() -> str:
     """README's text with the tables of the newest results between the markers."""
-    text = README.read_text()
+    return between_markers(README.read_text(), readme_tables())
+
+
+def between_markers(text: str, tables: str) -> str:
+    """Replace what stands between a page's markers."""
     before, rest = text.split(MARKERS[0])
     _, after = rest.split(MARKERS[1])
-    return f"{before}{MARKERS[0]}\n{readme_tables()}\n{MARKERS[1]}{after}"
+    return f"{before}{MARKERS[0]}\n{tables}\n{MARKERS[1]}{after}"
 
 
 def main() -> None:
@@ -126,10 +131,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--plot", action="store_true", help="write a PNG beside each file")
-    parser.add_argument("--readme", action="store_true", help="rewrite README's table")
+    parser.add_argument(
+        "--readme", action="store_true", help="rewrite the tables of README and docs/performance.md"
+    )
     arguments = parser.parse_args()
     if arguments.readme:
+        from benchmarks import performance_page
+
         README.write_text(readme_with_tables())
+        performance_page.PAGE.write_text(performance_page.page_with_tables())
         return
     for path in arguments.files or sorted(RESULTS_DIR.glob("*.json")):
         result = read(path)

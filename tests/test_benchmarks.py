@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import common, layer, results, train, transport
+from benchmarks import common, layer, performance_page, results, train, transport
 from benchmarks.routing import ROUTINGS, copies_per_expert, expert_ids
 from torch_moe_ep.testing import RankPool
 
@@ -69,6 +69,11 @@ def test_every_result_file_of_the_repository_is_readable() -> None:
 def test_readme_table_equals_newest_results() -> None:
     """`python -m benchmarks.results --readme` would change nothing."""
     assert results.readme_with_tables() == results.README.read_text()
+
+
+def test_performance_page_equals_newest_results() -> None:
+    """The same command would not change docs/performance.md either."""
+    assert performance_page.page_with_tables() == performance_page.PAGE.read_text()
 
 
 def test_narrow_experts_floor_is_bytes_when_weights_outweigh_the_flops() -> None:
