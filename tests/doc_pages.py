@@ -136,6 +136,8 @@ def commands_not_in(block: Block) -> list[str]:
 def _started(line: str) -> str:
     """What a command line starts: ``make TARGET``, a module, a file of the repository; else it."""
     words = shlex.split(line, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
     if words[:1] == ["make"]:
         return " ".join(words[:2])
     if "-m" in words:

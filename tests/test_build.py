@@ -1,15 +1,20 @@
 """The operator library: what it links, what packages hold, what a wrong torch is told."""
 
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from torch.utils import cpp_extension
 
 from torch_moe_ep import _build_info, _library
 from torch_moe_ep.hooks import library as hooks_library
@@ -182,35 +187,113 @@ def test_sdist_without_torch_holds_every_source_and_header(tmp_path):
     assert not [name for name in held if name.endswith((".so", ".pyc"))]
 
 
-@in_checkout
-@pytest.mark.full
-def test_wheel_from_sdist_installs_and_loads_outside_the_checkout(tmp_path):
-    with tarfile.open(make_sdist(tmp_path)) as archive:
-        archive.extractall(tmp_path, filter="data")
-    (source,) = tmp_path.glob("torch_moe_ep-*/")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    alone = ["--no-build-isolation", "--no-deps"]
-    wheels = tmp_path / "wheels"
-    environment = {**os.environ, "TORCH_MOE_EP_CUDA": "0"}
-    subprocess.run(
-        [*pip, "wheel", *alone, "--wheel-dir", str(wheels), str(source)],
-        env=environment,
-        check=True,
-    )
-    (wheel,) = wheels.glob("*.whl")
-    assert "-cp310-abi3-" in wheel.name
-    target = tmp_path / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True)
-    script = "import torch_moe_ep._library as l; print(l.__file__)"
+def twine_check(*paths: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(target)},
+        [sys.executable, "-m", "twine", "check", "--strict", *map(str, paths)],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert done.stdout.startswith(str(target))
+    assert done.returncode == 0 and "PASSED" in done.stdout, done.stdout + done.stderr
+
+
+@in_checkout
+def test_sdist_passes_twine_check(tmp_path):
+    pytest.importorskip("twine")
+    twine_check(make_sdist(tmp_path))
+
+
+def needed_distributions(names: list[str]) -> dict[str, importlib.metadata.Distribution]:
+    """Distributions of this environment by name, and those that they require, without extras."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    waiting = [Requirement(name) for name in names]
+    while waiting:
+        requirement = waiting.pop()
+        marker = requirement.marker
+        if requirement.name in found or (marker and not marker.evaluate({"extra": ""})):
+            continue
+        found[requirement.name] = importlib.metadata.distribution(requirement.name)
+        waiting += map(Requirement, found[requirement.name].requires or ())
+    return found
+
+
+def requirements_of_project() -> list[str]:
+    """``dependencies`` of pyproject.toml; Python 3.10 has no parser for it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    return re.findall(r'"([^"]+)"', re.search(r"^dependencies = \[(.*?)\]", text, re.M)[1])
+
+
+def empty_environment(folder: Path) -> Path:
+    """A virtual environment with torch, what building needs and what we require; its python.
+
+    The packages are links to those of this environment: nothing is downloaded.
+    """
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    ours = requirements_of_project()
+    for distribution in needed_distributions([*ours, "setuptools", "ninja"]).values():
+        for file in distribution.files or ():
+            source, top = Path(distribution.locate_file(file.parts[0])), site / file.parts[0]
+            if file.parts[0] not in ("..", "__pycache__") and not top.exists():
+                top.symlink_to(source)
+    (folder / "bin" / "ninja").symlink_to(shutil.which("ninja", path=Path(sys.executable).parent))
+    return folder / "bin" / "python"
+
+
+USE = """
+import importlib.util, json
+import torch
+import torch_moe_ep, torch_moe_ep.hooks
+from torch_moe_ep import info, ops
+
+plan = ops.plan(torch.tensor([[1, 0], [1, 3]]), 4)
+rows, _ = ops.dispatch(torch.ones(2, 8), torch.ones(2, 2), plan)
+assert torch.equal(ops.combine(rows, plan), torch.full((2, 8), 2.0))
+assert importlib.util.find_spec("transformers") is None
+found = info.collect()
+assert found.library_obstacle is None and found.hooks_obstacle is None
+print(json.dumps([torch_moe_ep.__file__, found.build.with_cuda]))
+"""
+
+
+@in_checkout
+@pytest.mark.full
+@pytest.mark.parametrize("has_toolkit", [False, True], ids=["without_toolkit", "with_toolkit"])
+def test_pip_installs_the_sdist_in_an_empty_environment(tmp_path, has_toolkit):
+    """With the toolkit from the sdist at once, without it by way of a wheel."""
+    home = tmp_path / "no-toolkit"
+    home.mkdir()
+    environment = {"TORCH_MOE_EP_CUDA": "auto", "CUDA_HOME": str(home)}
+    if has_toolkit:
+        if cpp_extension.CUDA_HOME is None or torch.version.cuda is None:
+            pytest.skip("needs the CUDA toolkit and a torch with CUDA")
+        # One architecture: the kernels for 9.0a are most of a build's time.
+        environment = {"TORCH_MOE_EP_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"}
+    python = empty_environment(tmp_path / "environment")
+    path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": "", **environment}
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    archive = make_sdist(tmp_path)
+    if not has_toolkit:
+        wheels = str(tmp_path / "wheels")
+        command = [*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", wheels, str(archive)]
+        subprocess.run(command, env=environment, check=True)
+        (archive,) = Path(wheels).glob("*.whl")
+        assert "-cp310-abi3-" in archive.name
+        twine_check(archive)
+    command = [*pip, "install", "--no-build-isolation", "--no-index", str(archive)]
+    subprocess.run(command, env=environment, check=True)
+    done = subprocess.run(
+        [str(python), "-c", USE],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    file, with_cuda = json.loads(done.stdout)
+    assert file.startswith(str(tmp_path)) and with_cuda == has_toolkit
 
 
 def test_every_module_can_be_the_first_that_is_imported():
