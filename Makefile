@@ -147,7 +147,7 @@ kernel-report: $(STAMPS)/build
 
 .PHONY: docs
 docs: $(STAMPS)/requirements
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict 2>&1 | sed '/^INFO/d'  # --quiet would not be strict
 	@echo 'build/site/index.html'
 
 .PHONY: clean

@@ -6,6 +6,7 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import zlib
@@ -64,12 +65,12 @@ def test_page_with_unknown_words_or_bare_fences_is_told_so(tmp_path: Path, monke
     assert "never closed" in doc_pages.syntax_problem(page.blocks[1])
 
 
-def build_site(folder: Path) -> subprocess.CompletedProcess:
-    config = ROOT / "mkdocs.yml"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(config)]
+def build_site(root: Path, folder: Path) -> subprocess.CompletedProcess:
+    pytest.importorskip("mkdocs", reason="mkdocs is installed for Python 3.11 and newer")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     return subprocess.run(
-        [*command, "--site-dir", str(folder)],
-        cwd=ROOT,
+        command,
+        cwd=root,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
@@ -78,8 +79,7 @@ def build_site(folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_site_builds_strictly_and_its_reference_holds_every_public_name(tmp_path: Path):
-    pytest.importorskip("mkdocs", reason="mkdocs is installed for Python 3.11 and newer")
-    done = build_site(tmp_path)
+    done = build_site(ROOT, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     inventory = (tmp_path / "objects.inv").read_bytes().split(b"\n", 4)[4]
     documented = {line.split(" ")[0] for line in zlib.decompress(inventory).decode().splitlines()}
@@ -88,6 +88,22 @@ def test_site_builds_strictly_and_its_reference_holds_every_public_name(tmp_path
         members = [getattr(module, name) for name in module.__all__]
         wanted |= {f"{m.__module__}.{m.__qualname__}" for m in members if callable(m)}
     assert wanted <= documented, sorted(wanted - documented)
+
+
+def test_site_refuses_links_out_of_docs_that_lead_nowhere(tmp_path: Path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "docs_hooks.py", tmp_path / ".ci")
+    (tmp_path / "mkdocs.yml").write_text(
+        "site_name: a site\nhooks: [.ci/docs_hooks.py]\n"
+        "nav: [index.md, later.md, repository/README.md]\n"
+    )
+    (tmp_path / "docs" / "index.md").write_text("[is there](../README.md) [is not](../gone.h)\n")
+    (tmp_path / "README.md").write_text("[is there](docs/index.md) [is not](docs/other.md)\n")
+    done = build_site(tmp_path, tmp_path / "site")
+    assert done.returncode == 1
+    refused = re.findall(r"Doc file '(.*?)' contains a link '(.*?)'", done.stderr)
+    assert refused == [("index.md", "../gone.h"), ("repository/README.md", "docs/other.md")]
 
 
 @pytest.mark.parametrize("room", sorted(p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()))
