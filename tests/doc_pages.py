@@ -1,7 +1,8 @@
 """Code blocks of Markdown pages, and how they are run.
 
-A fence says what it holds: python, bash, json, yaml, or text for what is no code. Comments that a
-reader does not see say the rest, as words and, on the lines below, Python that runs in that place:
+A fence says what it holds: python, bash, json, yaml, console for commands behind `$` and what they
+print, or text for what is no code. Comments that a reader does not see say the rest, as words and,
+on the lines below, Python that runs in that place:
 
     <!-- test: ranks=2 "cuda"=>"cpu"
     model = tiny_mixtral()
@@ -12,7 +13,8 @@ reader does not see say the rest, as words and, on the lines below, Python that 
     OLD=>NEW     in the blocks of the page from here on, for what a test machine has not
     gpu          the next block needs a GPU: its syntax is checked
     cluster      the next block needs several machines, or a service: likewise
-    by=PATH      the next block, of bash, is run by that file, which must name what it starts
+    by=PATH      the next block is run by that file, which must name what it starts; what a console
+                 prints is for that file to compare
 
 The Python of a page runs from top to bottom in one namespace, so that a block may use what one
 before it made; then its shell blocks, in the same empty folder.
@@ -38,7 +40,7 @@ PIECE = re.compile(
     r"|^```(?P<language>[^\n]*)\n(?P<body>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
-LANGUAGES = ("python", "bash", "json", "yaml", "text")
+LANGUAGES = ("python", "bash", "console", "json", "yaml", "text")
 NEEDS = ("gpu", "cluster")
 
 
@@ -52,6 +54,14 @@ class Block:
     needs: str = ""
     run_by: str = ""
 
+    @property
+    def commands(self) -> str:
+        """What a shell is to run of it."""
+        if self.language != "console":
+            return self.code
+        lines = [line[2:] for line in self.code.splitlines() if line.startswith("$ ")]
+        return "\n".join(lines)
+
 
 @dataclass
 class Page:
@@ -60,6 +70,7 @@ class Page:
     path: Path
     ranks: int = 1
     makes_group: bool = False
+    replacements: dict[str, str] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -73,39 +84,49 @@ class Page:
 
 def read_page(path: Path) -> Page:
     """Find a page's blocks, with the replacements made."""
-    page, text = Page(path), path.read_text()
-    replacements: dict[str, str] = {}
-    needs = run_by = ""
+    page, text, about_next = Page(path), path.read_text(), {}
     for match in PIECE.finditer(text):
         line = text.count("\n", 0, match.start()) + 2
         if match["words"] is None:
-            body, language = match["body"], match["language"].strip()
-            for old, new in replacements.items():
-                body = body.replace(old, new)
-            if language not in LANGUAGES:
-                page.problems.append(
-                    f"{page.name}:{line - 1}: a fence must say one of {', '.join(LANGUAGES)}, "
-                    f"got {language!r}"
-                )
-            page.blocks.append(Block(language, body, line, needs, run_by))
-            needs = run_by = ""
+            _add_block(page, match, line, about_next)
+            about_next = {}
             continue
-        for word in match["words"].split():
-            if word in NEEDS:
-                needs = word
-            elif word == "torchrun":
-                page.makes_group = True
-            elif "=>" in word:
-                replacements.update([word.split("=>")])
-            elif word.startswith("ranks="):
-                page.ranks = int(word.removeprefix("ranks="))
-            elif word.startswith("by="):
-                run_by = word.removeprefix("by=")
-            else:
-                page.problems.append(f"{page.name}:{line - 1}: no such word: {word}")
+        about_next |= _read_words(page, match["words"], line)
         if match["setup"]:
             page.blocks.append(Block("python", match["setup"], line))
     return page
+
+
+def _add_block(page: Page, match: re.Match[str], line: int, about: dict[str, str]) -> None:
+    code, language = match["body"], match["language"].strip()
+    for old, new in page.replacements.items():
+        code = code.replace(old, new)
+    where = f"{page.name}:{line - 1}"
+    if language not in LANGUAGES:
+        wanted = ", ".join(LANGUAGES)
+        page.problems.append(f"{where}: a fence must say one of {wanted}, got {language!r}")
+    if language == "console" and not about:
+        page.problems.append(f"{where}: a console needs by=, gpu or cluster")
+    page.blocks.append(Block(language, code, line, **about))
+
+
+def _read_words(page: Page, words: str, line: int) -> dict[str, str]:
+    """What the words say of the page, and return what they say of the next block."""
+    about = {}
+    for word in words.split():
+        if word in NEEDS:
+            about["needs"] = word
+        elif word.startswith("by="):
+            about["run_by"] = word.removeprefix("by=")
+        elif word == "torchrun":
+            page.makes_group = True
+        elif "=>" in word:
+            page.replacements.update([word.split("=>")])
+        elif word.startswith("ranks="):
+            page.ranks = int(word.removeprefix("ranks="))
+        else:
+            page.problems.append(f"{page.name}:{line - 1}: no such word: {word}")
+    return about
 
 
 def syntax_problem(block: Block) -> str | None:
@@ -119,10 +140,10 @@ def syntax_problem(block: Block) -> str | None:
             yaml.safe_load(block.code)
     except (SyntaxError, ValueError, yaml.YAMLError) as error:
         return str(error)
-    if block.language != "bash":
+    if block.language not in ("bash", "console"):
         return None
     done = subprocess.run(
-        ["bash", "-n"], input=block.code, capture_output=True, text=True, check=False
+        ["bash", "-n"], input=block.commands, capture_output=True, text=True, check=False
     )
     return done.stderr or None
 
@@ -130,7 +151,8 @@ def syntax_problem(block: Block) -> str | None:
 def commands_not_in(block: Block) -> list[str]:
     """Commands of a shell block that the file named by ``by=`` does not start."""
     text = (ROOT / block.run_by).read_text()
-    return [started for line in block.code.splitlines() if (started := _started(line)) not in text]
+    lines = block.commands.splitlines()
+    return [started for line in lines if (started := _started(line)) not in text]
 
 
 def _started(line: str) -> str:

@@ -430,9 +430,9 @@ def test_network_of_another_machine_changes_the_speed(capsys):
 def test_readme_shows_what_the_command_prints():
     readme = (ROOT / "README.md").read_text()
     section = readme.split("<!-- plan:begin -->")[1].split("<!-- plan:end -->")[0]
-    command, printed = section.split("```\n")[1].split("\n", 1)
+    command, printed = section.split("```console\n")[1].split("\n", 1)
     words = command.removeprefix("$ python ").split()
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert printed.strip() == done.stdout.strip()
+    assert printed.strip().removesuffix("```").strip() == done.stdout.strip()
