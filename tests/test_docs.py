@@ -17,6 +17,7 @@ import pytest
 from doc_pages import ROOT, Page, read_page
 
 import torch_moe_ep
+from torch_moe_ep.integrations import smp
 from torch_moe_ep.testing import RankPool
 
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -84,7 +85,7 @@ def test_site_builds_strictly_and_its_reference_holds_every_public_name(tmp_path
     inventory = (tmp_path / "objects.inv").read_bytes().split(b"\n", 4)[4]
     documented = {line.split(" ")[0] for line in zlib.decompress(inventory).decode().splitlines()}
     wanted = {f"torch_moe_ep.{name}" for name in torch_moe_ep.__all__}
-    for module in (torch_moe_ep.ops, torch_moe_ep.hooks, torch_moe_ep.memory):
+    for module in (torch_moe_ep.ops, torch_moe_ep.hooks, torch_moe_ep.memory, smp):
         members = [getattr(module, name) for name in module.__all__]
         wanted |= {f"{m.__module__}.{m.__qualname__}" for m in members if callable(m)}
     assert wanted <= documented, sorted(wanted - documented)
