@@ -1,6 +1,7 @@
 """In which order a layer's communication and computation are launched under FSDP2.
 
     python -m benchmarks.launch_order --plot docs/launch-order.png   # one GPU, two ranks on it
+    python -m benchmarks.launch_order --num_chunks 3                 # tokens in chunks
 
 Two ranks share the GPU and talk over sockets, so the order of launches means something and their
 durations do not. A forward of a small Mixtral under FSDP2 with P = 2 is profiled; every kernel is
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from torch_moe_ep import apply_expert_parallel, init_device_mesh
+from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
 from torch_moe_ep.testing import RankPool, batch_of, share_the_gpu, tiny_mixtral
 from torch_moe_ep.testing.parallel import wrap
 
@@ -83,12 +84,13 @@ def _lanes(kernels: list[dict[str, Any]]) -> dict[int, str]:
     return lanes
 
 
-def profiled_forward(layers: int) -> list[Launch]:
+def profiled_forward(layers: int, num_chunks: int) -> list[Launch]:
     """Launches of this rank in the third forward of a small model."""
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", 2)
     model = tiny_mixtral(num_hidden_layers=layers, hidden_size=256, intermediate_size=512)
-    model = wrap(apply_expert_parallel(model.cuda(), mesh), "fsdp2", mesh)
+    config = MoEConfig(num_chunks=num_chunks)
+    model = wrap(apply_expert_parallel(model.cuda(), mesh, config), "fsdp2", mesh)
     batch = {key: value.cuda() for key, value in batch_of(rank, tokens=512).items()}
     for _ in range(2):
         model(**batch).loss.backward()
@@ -100,10 +102,10 @@ def profiled_forward(layers: int) -> list[Launch]:
     return launches_of(profiled)
 
 
-def forward_on_two_ranks(layers: int = 3) -> list[Launch]:
+def forward_on_two_ranks(layers: int = 3, num_chunks: int = 1) -> list[Launch]:
     """Launches of rank 0 of two ranks that share the GPU."""
     with RankPool(2, backend="nccl") as pool:
-        found: list[Launch] = pool.run(profiled_forward, layers, timeout_s=120)[0]
+        found: list[Launch] = pool.run(profiled_forward, layers, num_chunks, timeout_s=120)[0]
     return found
 
 
@@ -143,10 +145,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plot", type=Path, help="where the picture goes")
+    parser.add_argument("--num_chunks", type=int, default=1, help="MoEConfig.num_chunks")
     arguments = parser.parse_args()
-    launches = forward_on_two_ranks()
+    launches = forward_on_two_ranks(num_chunks=arguments.num_chunks)
     for launch in launches:
-        if launch.lane in (EXPERTS, SHARDS) or "pack_rows" in launch.name:
+        is_ours = "pack_rows" in launch.name or "swiglu" in launch.name
+        if launch.lane in (EXPERTS, SHARDS) or is_ours:
             print(f"{launch.launched_us - launches[0].launched_us:10.1f} us  {launch.lane:20s}"
                   f"{launch.name[:60]}")  # fmt: skip
     if arguments.plot:

@@ -33,6 +33,13 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "str group_name, Tensor? send_rows=None, Tensor? send_weights=None) "
       "-> (Tensor rows, Tensor row_weights)");
 
+  // The plan of tokens that travel in chunks: every chunk's counts meet in one exchange.
+  m.def(
+      "plan_chunks(Tensor expert_ids, int num_experts, int num_chunks, int row_alignment, "
+      "int max_rows, str group_name, Tensor(a!) invalid_flag, Tensor? x=None, "
+      "Tensor? weights=None) -> (Tensor slot_of_copy, Tensor counts, Tensor host_counts, "
+      "Tensor send_rows, Tensor send_weights)");
+
   // The same two in two hops, where a token crosses to each node once; bytes_sent [2] grows by the
   // bytes of rows, and of ids and weights, that leave this rank's node.
   m.def(
@@ -65,6 +72,18 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "float weight_grad_scale, int slots_per_pass) -> (Tensor grad_rows, "
       "Tensor grad_row_weights, Tensor grad_gate_up, Tensor grad_down)");
 
+  // Backward in two parts, for tokens in chunks. First what travels back, and what the weights'
+  // gradients are made of: z is given, or rows to compute it again.
+  m.def(
+      "expert_mlp_input_grads(Tensor grad_y, Tensor? rows, Tensor row_weights, Tensor? z, "
+      "Tensor expert_offsets, Tensor host_offsets, Tensor gate_up, Tensor down) "
+      "-> (Tensor grad_rows, Tensor grad_row_weights, Tensor grad_z, Tensor activation)");
+  // Then both weight gradients over all rows.
+  m.def(
+      "expert_mlp_weight_grads(Tensor grad_y, Tensor rows, Tensor grad_z, Tensor activation, "
+      "Tensor expert_offsets, Tensor host_offsets, float weight_grad_scale) "
+      "-> (Tensor grad_gate_up, Tensor grad_down)");
+
   // One GEMM of them alone, bf16 on CUDA: a [R, K] with b [L, N, K] (layout NT) or [L, K, N] (NN)
   // -> [R, N]; a [R, M] with b [R, N] (TN) -> [L, M, N]. Contract: expert_mlp/grouped_gemm.h. For
   // tests and benchmarks; not differentiable.
@@ -87,4 +106,28 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "Tensor slot_of_forwarded, Tensor slot_of_received, Tensor expert_offsets, Tensor counts, "
       "Tensor host_counts, int top_k, int row_alignment, int ranks_per_node, str group_name, "
       "Tensor? tokens_per_expert=None, Tensor(a!)? bytes_sent=None) -> (Tensor x, Tensor weights)");
+
+  // dispatch, expert_mlp and combine of tokens in chunks: a chunk travels under the GEMMs of the
+  // one before, in forward and in backward; differentiable.
+  m.def(
+      "chunked_experts(Tensor x, Tensor weights, Tensor slot_of_copy, Tensor counts, "
+      "Tensor host_counts, Tensor gate_up, Tensor down, int top_k, int row_alignment, "
+      "str group_name, float weight_grad_scale, int slots_per_pass, bool recompute_gate_up, "
+      "Tensor? tokens_per_expert=None, Tensor? send_rows=None, Tensor? send_weights=None) "
+      "-> Tensor");
+  // The same with what backward reads, in the order that one chunk would have: rows, row_weights
+  // and z, or [0] where they are not kept.
+  m.def(
+      "chunked_experts_forward(Tensor x, Tensor weights, Tensor slot_of_copy, Tensor counts, "
+      "Tensor host_counts, Tensor gate_up, Tensor down, int top_k, int row_alignment, "
+      "str group_name, int slots_per_pass, Tensor? send_rows, Tensor? send_weights, "
+      "bool keep_rows, bool keep_gate_up) "
+      "-> (Tensor output, Tensor rows, Tensor row_weights, Tensor z)");
+  // Gradients of x, of the router weights, and of both expert weights.
+  m.def(
+      "chunked_experts_backward(Tensor grad_output, Tensor rows, Tensor row_weights, Tensor z, "
+      "Tensor slot_of_copy, Tensor counts, Tensor host_counts, Tensor gate_up, Tensor down, "
+      "int top_k, int row_alignment, str group_name, float weight_grad_scale, "
+      "int slots_per_pass) -> (Tensor grad_x, Tensor grad_weights, Tensor grad_gate_up, "
+      "Tensor grad_down)");
 }

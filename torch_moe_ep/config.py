@@ -36,6 +36,10 @@ class MoEConfig:
         dispatcher: "all_to_all": each copy goes to its expert's rank. "all_gather": every rank of
             the EP group gets all tokens of the group; for small groups and for comparison.
             `max_received_rows` bounds the first alone.
+        num_chunks: a rank's tokens travel in so many chunks, each under the GEMMs of the one
+            before, in forward and in backward; the same on every rank. Goes with the collective
+            transport, which "auto" then takes over nodes too. 1: all tokens at once. With one rank
+            (P = 1) nothing travels, and it changes nothing.
         global_token_shuffle: mix the tokens of the EP group's ranks before they are routed, and
             put them back after the experts: the same fixed permutation, drawn from `seed` and the
             layer's name, in every step. Batch statistics of the router (Sinkhorn, capacity,
@@ -68,6 +72,7 @@ class MoEConfig:
     max_received_rows: int = 0
     transport: str = "auto"
     dispatcher: str = "all_to_all"
+    num_chunks: int = 1
     global_token_shuffle: bool = False
     seed: int = 0
     routing: str = "huggingface"
@@ -90,6 +95,7 @@ class MoEConfig:
                 'transport="hierarchical" carries copies and dispatcher="all_gather" sends none; '
                 "choose one of them."
             )
+        self._check_num_chunks()
         _check_choice("global_token_shuffle", self.global_token_shuffle, (True, False))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
@@ -103,6 +109,20 @@ class MoEConfig:
                 f"capacity_factor must be at least 1, or 0 for dropless, got "
                 f"{self.capacity_factor}."
             )
+
+    def _check_num_chunks(self) -> None:
+        if isinstance(self.num_chunks, bool) or not isinstance(self.num_chunks, int):
+            raise ValueError(f"num_chunks must be a whole number, got {self.num_chunks!r}.")
+        if self.num_chunks < 1:
+            raise ValueError(
+                f"num_chunks must be at least 1 (all tokens at once), got {self.num_chunks}."
+            )
+        for name, value in (("transport", "hierarchical"), ("dispatcher", "all_gather")):
+            if self.num_chunks > 1 and getattr(self, name) == value:
+                raise ValueError(
+                    f"num_chunks={self.num_chunks} goes with the collective transport, which "
+                    f'{name}="{value}" replaces; choose one of them.'
+                )
 
     @property
     def changes_router(self) -> bool:

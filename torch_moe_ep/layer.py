@@ -10,6 +10,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 
 from torch_moe_ep import label, ops
+from torch_moe_ep.chunks import run_in_chunks
 from torch_moe_ep.config import MoEConfig
 from torch_moe_ep.gather_dispatch import (
     CountCopies,
@@ -95,6 +96,8 @@ class ExpertParallelExperts(nn.Module):
             run = self._gathered_eagerly
         elif self.ranks_per_node:
             run = self._over_nodes_eagerly
+        elif self.ep_group_name and self.moe_config.num_chunks > 1:
+            run = self._in_chunks_eagerly
         return run(hidden_states, top_k_index, top_k_weights)
 
     def _pipeline(
@@ -138,6 +141,10 @@ class ExpertParallelExperts(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _over_nodes_eagerly(self, *args: Any) -> torch.Tensor:
         return self._labelled(partial(run_over_nodes, self), *args)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _in_chunks_eagerly(self, *args: Any) -> torch.Tensor:
+        return self._labelled(partial(run_in_chunks, self), *args)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gathered_eagerly(self, *args: Any) -> torch.Tensor:

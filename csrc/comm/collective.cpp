@@ -168,12 +168,14 @@ at::Tensor all_gather(const at::Tensor& row, const std::string& group_name) {
 Exchange start_all_to_all_rows(const at::Tensor& rows,
                                const std::vector<int64_t>& send_rows,
                                const std::vector<int64_t>& received_rows,
-                               const std::string& group_name) {
+                               const std::string& group_name,
+                               const at::Tensor& into) {
   TORCH_INTERNAL_ASSERT(rows.is_contiguous() && rows.size(0) == sum(send_rows));
   const Group group = c10d::resolve_process_group(group_name);
   auto sizes = rows.sizes().vec();
   sizes[0] = sum(received_rows);
-  at::Tensor received = at::empty(sizes, rows.options());
+  at::Tensor received = into.defined() ? into : at::empty(sizes, rows.options());
+  TORCH_INTERNAL_ASSERT(received.is_contiguous() && received.sizes() == sizes);
   // As bytes: not every backend knows every dtype.
   at::Tensor output = as_bytes(received);
   at::Tensor input = as_bytes(rows);
@@ -187,21 +189,33 @@ Exchange start_all_to_all_rows(const at::Tensor& rows,
   return exchange;
 }
 
+RowExchange::RowExchange(const std::vector<at::Tensor>& tensors,
+                         const std::vector<int64_t>& send_rows,
+                         const std::vector<int64_t>& received_rows,
+                         const std::string& group_name,
+                         const std::vector<at::Tensor>& into)
+    : exchanges_(tensors.size()) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i].defined()) continue;
+    exchanges_[i].emplace(start_all_to_all_rows(
+        tensors[i], send_rows, received_rows, group_name, into.empty() ? at::Tensor() : into[i]));
+  }
+}
+
+std::vector<at::Tensor> RowExchange::wait() {
+  std::vector<at::Tensor> received(exchanges_.size());
+  for (size_t i = 0; i < exchanges_.size(); ++i) {
+    std::optional<Exchange>& exchange = exchanges_[i];
+    if (exchange.has_value()) received[i] = exchange->wait();
+  }
+  return received;
+}
+
 std::vector<at::Tensor> all_to_all_rows(const std::vector<at::Tensor>& tensors,
                                         const std::vector<int64_t>& send_rows,
                                         const std::vector<int64_t>& received_rows,
                                         const std::string& group_name) {
-  std::vector<std::optional<Exchange>> exchanges(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (!tensors[i].defined()) continue;
-    exchanges[i].emplace(start_all_to_all_rows(tensors[i], send_rows, received_rows, group_name));
-  }
-  std::vector<at::Tensor> received(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    std::optional<Exchange>& exchange = exchanges[i];
-    if (exchange.has_value()) received[i] = exchange->wait();
-  }
-  return received;
+  return RowExchange(tensors, send_rows, received_rows, group_name).wait();
 }
 
 CountExchange::CountExchange(const at::Tensor& row, const std::string& group_name)

@@ -47,7 +47,8 @@ class Exchange {
   friend Exchange start_all_to_all_rows(const at::Tensor&,
                                         const std::vector<int64_t>&,
                                         const std::vector<int64_t>&,
-                                        const std::string&);
+                                        const std::string&,
+                                        const at::Tensor&);
   Exchange(const char* operation, Group group, at::Tensor input, at::Tensor output);
   void issue(const std::function<Work()>& start);
   // What the backend throws is raised with the ranks at fault.
@@ -69,14 +70,31 @@ at::Tensor all_gather(const at::Tensor& row, const std::string& group_name);
 
 // rows [sum of send_rows, ...], contiguous: the first send_rows[0] go to rank 0, and so on. Returns
 // [sum of received_rows, ...], rank-major. received_rows[r] on this rank must equal what rank r
-// sends here. Bytes are moved as they are, in every dtype.
+// sends here. Bytes are moved as they are, in every dtype. Where `into` is given, contiguous and of
+// that shape, received rows go there.
 Exchange start_all_to_all_rows(const at::Tensor& rows,
                                const std::vector<int64_t>& send_rows,
                                const std::vector<int64_t>& received_rows,
-                               const std::string& group_name);
+                               const std::string& group_name,
+                               const at::Tensor& into = {});
 
-// The same for tensors whose rows go together, all on their way before any is waited for; undefined
-// ones stay undefined.
+// The same for tensors whose rows go together, on their way once it is made; undefined ones stay
+// undefined. `into`: none, or one for each tensor.
+class RowExchange {
+ public:
+  RowExchange(const std::vector<at::Tensor>& tensors,
+              const std::vector<int64_t>& send_rows,
+              const std::vector<int64_t>& received_rows,
+              const std::string& group_name,
+              const std::vector<at::Tensor>& into = {});
+  // Waits as Exchange does; once.
+  std::vector<at::Tensor> wait();
+
+ private:
+  std::vector<std::optional<Exchange>> exchanges_;
+};
+
+// There and waited for.
 std::vector<at::Tensor> all_to_all_rows(const std::vector<at::Tensor>& tensors,
                                         const std::vector<int64_t>& send_rows,
                                         const std::vector<int64_t>& received_rows,

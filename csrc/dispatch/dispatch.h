@@ -32,6 +32,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "common/checks.h"
@@ -82,6 +83,11 @@ inline void check_packed(const at::Tensor& x,
   TORCH_CHECK_VALUE(!has_weights || (send_weights && send_weights->numel() == slot_of_copy.numel()),
                     "send_weights must come from the plan with send_rows when weights are given");
 }
+
+// A plan's expert_offsets on the CPU; [0] where the host has no counts.
+at::Tensor plan_host_offsets(const at::Tensor& host_counts,
+                             int64_t row_alignment,
+                             const std::string& group_name);
 
 inline void check_experts_over_ranks(int64_t num_experts, int64_t num_ranks) {
   TORCH_CHECK_VALUE(num_experts % num_ranks == 0,

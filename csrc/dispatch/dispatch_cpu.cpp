@@ -31,7 +31,8 @@ void write_padding(const Packed& packed,
     for (int64_t rank = 0; rank < counts.size(0); ++rank) first += count[rank][first_expert + l];
     const int64_t length = offsets[l + 1] - first;
     packed.rows.narrow(0, first, length).zero_();
-    if (packed.row_weights.numel() > 0) packed.row_weights.narrow(0, first, length).zero_();
+    const bool has_weights = packed.row_weights.defined() && packed.row_weights.numel() > 0;
+    if (has_weights) packed.row_weights.narrow(0, first, length).zero_();
   }
 }
 
@@ -42,35 +43,43 @@ Packed pack_rows_cpu(const at::Tensor& source,
                      const at::Tensor& slot_of_copy,
                      int64_t copies_per_source,
                      int64_t num_slots) {
-  const at::Tensor dense = source.contiguous();
-  const at::Tensor dense_weights = weights ? weights->contiguous() : at::Tensor();
-  Packed packed = {at::empty({num_slots, source.size(1)}, source.options()),
-                   at::empty({weights ? num_slots : 0}, source.options().dtype(at::kFloat))};
-  const int64_t row_bytes = source.size(1) * static_cast<int64_t>(source.element_size());
-  const auto* from = static_cast<const char*>(dense.const_data_ptr());
-  auto* to = static_cast<char*>(packed.rows.mutable_data_ptr());
-  const float* weight = weights ? dense_weights.const_data_ptr<float>() : nullptr;
-  float* row_weight = packed.row_weights.mutable_data_ptr<float>();
-  const int64_t* slot = slot_of_copy.const_data_ptr<int64_t>();
-  const int64_t grain = kBytesPerTask / (row_bytes + 1) + 1;
-  at::parallel_for(0, slot_of_copy.numel(), grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      if (slot[n] < 0) continue;
-      std::memcpy(to + slot[n] * row_bytes, from + n / copies_per_source * row_bytes, row_bytes);
-      if (weight != nullptr) row_weight[slot[n]] = weight[n];
-    }
-  });
-  return packed;
+  return pack_rows_cpu({source.contiguous(),
+                        weights ? weights->contiguous() : at::Tensor(),
+                        slot_of_copy,
+                        copies_per_source},
+                       num_slots,
+                       nullptr);
 }
 
 Packed pack_rows_cpu(const Source& source, int64_t num_slots, const Padding* padding) {
-  const Packed packed = pack_rows_cpu(
-      source.rows, given(source.weights), source.slot_of_copy, source.copies_per_source, num_slots);
-  if (padding != nullptr) {
-    const int64_t num_local = padding->expert_offsets.numel() - 1;
-    write_padding(packed, padding->expert_offsets, padding->counts, padding->rank * num_local);
-  }
+  const bool has_weights = source.weights.defined();
+  const Packed packed = {
+      at::empty({num_slots, source.rows.size(1)}, source.rows.options()),
+      at::empty({has_weights ? num_slots : 0}, source.rows.options().dtype(at::kFloat))};
+  pack_rows_into_cpu(source, packed, padding);
   return packed;
+}
+
+void pack_rows_into_cpu(const Source& source, const Packed& into, const Padding* padding) {
+  const int64_t row_bytes = source.rows.size(1) * static_cast<int64_t>(source.rows.element_size());
+  const bool has_weights = source.weights.defined();
+  const auto* from = static_cast<const char*>(source.rows.const_data_ptr());
+  auto* to = static_cast<char*>(into.rows.mutable_data_ptr());
+  const float* weight = has_weights ? source.weights.const_data_ptr<float>() : nullptr;
+  float* row_weight = has_weights ? into.row_weights.mutable_data_ptr<float>() : nullptr;
+  const int64_t* slot = source.slot_of_copy.const_data_ptr<int64_t>();
+  const int64_t copies = source.copies_per_source;
+  const int64_t grain = kBytesPerTask / (row_bytes + 1) + 1;
+  at::parallel_for(0, source.slot_of_copy.numel(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      if (slot[n] < 0) continue;
+      std::memcpy(to + slot[n] * row_bytes, from + n / copies * row_bytes, row_bytes);
+      if (weight != nullptr) row_weight[slot[n]] = weight[n];
+    }
+  });
+  if (padding == nullptr) return;
+  const int64_t num_local = padding->expert_offsets.numel() - 1;
+  write_padding(into, padding->expert_offsets, padding->counts, padding->rank * num_local);
 }
 
 std::tuple<at::Tensor, at::Tensor> dispatch_cpu(const at::Tensor& x,

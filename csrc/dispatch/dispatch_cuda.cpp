@@ -30,14 +30,24 @@ Places place_copies_cuda(const at::Tensor& expert_ids,
                          int64_t num_experts,
                          int64_t row_alignment,
                          const at::Tensor& invalid_flag) {
-  const int64_t num_copies = expert_ids.numel();
-  const at::Tensor ids = expert_ids.contiguous();
-  const auto options = ids.options();
-  Places places = {at::empty({num_copies}, options),
+  const auto options = expert_ids.options();
+  Places places = {at::empty({expert_ids.numel()}, options),
                    at::empty({num_experts + 1}, options),
                    at::empty({num_experts}, options)};
+  place_copies_into_cuda(expert_ids, 0, row_alignment, invalid_flag, places);
+  return places;
+}
+
+void place_copies_into_cuda(const at::Tensor& expert_ids,
+                            int64_t first_slot,
+                            int64_t row_alignment,
+                            const at::Tensor& invalid_flag,
+                            const Places& places) {
+  const int64_t num_copies = expert_ids.numel();
+  const int64_t num_experts = places.counts.numel();
+  const at::Tensor ids = expert_ids.contiguous();
   const at::Tensor block_counts =
-      at::empty({num_place_blocks(num_copies), num_experts}, options.dtype(at::kInt));
+      at::empty({num_place_blocks(num_copies), num_experts}, ids.options().dtype(at::kInt));
 
   CopyPlaces params = {};
   params.expert_ids = ids.const_data_ptr<int64_t>();
@@ -46,11 +56,13 @@ Places place_copies_cuda(const at::Tensor& expert_ids,
   params.row_alignment = static_cast<int>(row_alignment);
   params.block_counts = block_counts.mutable_data_ptr<int32_t>();
   params.slot_of_copy = places.slot_of_copy.mutable_data_ptr<int64_t>();
-  params.segment_offsets = places.segment_offsets.mutable_data_ptr<int64_t>();
+  if (places.segment_offsets.defined()) {
+    params.segment_offsets = places.segment_offsets.mutable_data_ptr<int64_t>();
+  }
+  params.first_slot = first_slot;
   params.counts = places.counts.mutable_data_ptr<int64_t>();
   params.invalid_flag = invalid_flag.mutable_data_ptr<int32_t>();
   C10_CUDA_CHECK(launch_place_copies(params, at::cuda::getCurrentCUDAStream()));
-  return places;
 }
 
 namespace {
@@ -75,15 +87,19 @@ void place_received(const at::Tensor& counts,
 
 Packed pack_rows_cuda(const Source& source, int64_t num_slots, const Padding* padding) {
   const auto weight_options = source.rows.options().dtype(at::kFloat);
-  const bool has_weights = source.weights.defined();
   Packed packed = {at::empty({num_slots, source.rows.size(1)}, source.rows.options()),
-                   at::empty({has_weights ? num_slots : 0}, weight_options)};
+                   at::empty({source.weights.defined() ? num_slots : 0}, weight_options)};
+  pack_rows_into_cuda(source, packed, padding);
+  return packed;
+}
+
+void pack_rows_into_cuda(const Source& source, const Packed& into, const Padding* padding) {
   PackedRows params = {};
   params.source = source.rows.const_data_ptr();
-  params.rows = packed.rows.mutable_data_ptr();
-  if (has_weights) {
+  params.rows = into.rows.mutable_data_ptr();
+  if (source.weights.defined()) {
     params.weights = source.weights.const_data_ptr<float>();
-    params.row_weights = packed.row_weights.mutable_data_ptr<float>();
+    params.row_weights = into.row_weights.mutable_data_ptr<float>();
   }
   params.slot_of_copy = source.slot_of_copy.const_data_ptr<int64_t>();
   params.num_sources = source.rows.size(0);
@@ -100,7 +116,6 @@ Packed pack_rows_cuda(const Source& source, int64_t num_slots, const Padding* pa
     params.row_alignment = static_cast<int>(padding->row_alignment);
   }
   C10_CUDA_CHECK(launch_pack_rows(params, at::cuda::getCurrentCUDAStream()));
-  return packed;
 }
 
 void check_top_k_on_cuda(int64_t top_k) {
@@ -141,10 +156,6 @@ void check_plan_on_cuda(int64_t num_experts, int64_t row_alignment) {
                     row_alignment);
 }
 
-namespace {
-
-// TORCH_MOE_EP_CHECK=1: raises on every rank of the group where any of them met an invalid id.
-// Waits on the host.
 void check_ids_at_once(const at::Tensor& invalid_flag, const std::string& group_name) {
   if (!c10::utils::check_env("TORCH_MOE_EP_CHECK").value_or(false)) return;
   const at::Tensor flag = invalid_flag.reshape({1}).to(at::kLong);
@@ -161,8 +172,6 @@ void check_ids_at_once(const at::Tensor& invalid_flag, const std::string& group_
                       " of the expert-parallel group (check the router)");
   }
 }
-
-}  // namespace
 
 PlanTensors plan_cuda(const at::Tensor& expert_ids,
                       int64_t num_experts,

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kPlaceThreads)
     p.segment_offsets[p.num_experts] = num_slots;
   }
 
-  int64_t next_slot = offset + sums.before;
+  int64_t next_slot = p.first_slot + offset + sums.before;
   const int64_t begin = blockIdx.x * copies_per_block;
   const int64_t end = min(begin + copies_per_block, p.num_copies);
   for (int64_t tile = begin; tile < end; tile += kPlaceThreads) {
@@ -199,6 +199,86 @@ __global__ void __launch_bounds__(kPlaceThreads) place_received(const ReceivedPl
   const int64_t stride = static_cast<int64_t>(gridDim.y) * kPlaceThreads;
   for (int64_t i = blockIdx.y * kPlaceThreads + thread; i < pair_counts[this_pair]; i += stride) {
     p.slot_of_received[first_received + i] = first_slot + i;
+  }
+}
+
+// As place_received, for one chunk. A run is what a source rank sends to a local expert in this
+// chunk: its rows follow each other in the chunk's buffer and in that of all chunks.
+// Example: 1 rank, 1 expert, counts of two chunks [[2]] and [[3]]: chunk 1 has the slots 0 1 2 of
+// its buffer and 2 3 4 of the whole.
+__global__ void __launch_bounds__(kPlaceThreads) place_chunk(const ChunkReceivedPlaces p) {
+  __shared__ int64_t run_counts[kMaxExperts];    // of this chunk
+  __shared__ int64_t whole_counts[kMaxExperts];  // of all chunks
+  __shared__ int64_t scratch[kPlaceWarps];
+  __shared__ int64_t first_received;
+  __shared__ int64_t first_slot;
+  __shared__ int64_t first_whole;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int num_local = p.num_experts / p.num_ranks;
+  const int this_run = static_cast<int>(blockIdx.x);
+  const int this_source = this_run / num_local;
+  const int this_expert = this_run % num_local;
+
+  int64_t count = 0;
+  int64_t earlier_chunks = 0;
+  if (thread < p.num_experts) {
+    const int source = thread / num_local;
+    const int expert = p.rank * num_local + thread % num_local;
+    int64_t whole = 0;
+    for (int chunk = 0; chunk < p.num_chunks; ++chunk) {
+      const int64_t of_chunk =
+          p.counts[(static_cast<int64_t>(chunk) * p.num_ranks + source) * p.num_experts + expert];
+      if (chunk < p.chunk) earlier_chunks += of_chunk;
+      if (chunk == p.chunk) count = of_chunk;
+      whole += of_chunk;
+    }
+    run_counts[thread] = count;
+    whole_counts[thread] = whole;
+  }
+  int64_t total = 0;
+  const int64_t received = block_exclusive_sum<kPlaceThreads>(count, scratch, &total);
+  if (thread == this_run) {
+    first_received = received;
+    first_whole = earlier_chunks;
+  }
+
+  int64_t length = 0;
+  int64_t whole_length = 0;
+  int64_t before = 0;
+  int64_t whole_before = 0;
+  if (thread < num_local) {
+    for (int source = 0; source < p.num_ranks; ++source) {
+      if (source == this_source) {
+        before = length;
+        whole_before = whole_length;
+      }
+      length += run_counts[source * num_local + thread];
+      whole_length += whole_counts[source * num_local + thread];
+    }
+  }
+  const int64_t offset =
+      block_exclusive_sum<kPlaceThreads>(round_up(length, p.row_alignment), scratch, &total);
+  int64_t whole_total = 0;
+  const int64_t whole_offset = block_exclusive_sum<kPlaceThreads>(
+      round_up(whole_length, p.row_alignment), scratch, &whole_total);
+  if (thread == this_expert) {
+    first_slot = offset + before;
+    first_whole += whole_offset + whole_before;
+  }
+  if (this_run == 0 && blockIdx.y == 0) {
+    int64_t* offsets = p.expert_offsets + static_cast<int64_t>(p.chunk) * (num_local + 1);
+    int64_t* whole_offsets =
+        p.expert_offsets + static_cast<int64_t>(p.num_chunks) * (num_local + 1);
+    if (thread < num_local) offsets[thread] = offset;
+    if (thread == 0) offsets[num_local] = total;
+    if (p.chunk == 0 && thread < num_local) whole_offsets[thread] = whole_offset;
+    if (p.chunk == 0 && thread == 0) whole_offsets[num_local] = whole_total;
+  }
+  __syncthreads();
+  const int64_t stride = static_cast<int64_t>(gridDim.y) * kPlaceThreads;
+  for (int64_t i = blockIdx.y * kPlaceThreads + thread; i < run_counts[this_run]; i += stride) {
+    p.slot_of_received[first_received + i] = first_slot + i;
+    p.whole_of_slot[first_slot + i] = first_whole + i;
   }
 }
 
@@ -311,6 +391,12 @@ cudaError_t launch_place_received(const ReceivedPlaces& places, cudaStream_t str
   // 8 blocks a pair: 64 pairs fill the GPU, and a pair that got all rows is not left to one block.
   const dim3 grid(static_cast<unsigned>(places.num_experts), 8);
   place_received<<<grid, kPlaceThreads, 0, stream>>>(places);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_place_chunk(const ChunkReceivedPlaces& places, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(places.num_experts), 8);
+  place_chunk<<<grid, kPlaceThreads, 0, stream>>>(places);
   return cudaGetLastError();
 }
 

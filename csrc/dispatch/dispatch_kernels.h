@@ -20,6 +20,7 @@ struct CopyPlaces {
   int64_t num_copies;
   int num_experts;
   int row_alignment;         // each expert's segment is rounded up to this many rows
+  int64_t first_slot;        // added to every slot
   int32_t* block_counts;     // scratch [num_place_blocks(num_copies), num_experts]
   int64_t* slot_of_copy;     // [num_copies]; -1 for an id outside [0, num_experts)
   int64_t* segment_offsets;  // [num_experts + 1], or null
@@ -45,6 +46,24 @@ struct ReceivedPlaces {
 };
 
 cudaError_t launch_place_received(const ReceivedPlaces& places, cudaStream_t stream);
+
+// The same for one chunk of a plan in chunks, and where its rows are in the buffer of all chunks,
+// whose segments are ordered by source rank, then by chunk.
+struct ChunkReceivedPlaces {
+  const int64_t* counts;  // [num_chunks, num_ranks, num_experts]
+  int num_chunks;
+  int num_ranks;
+  int num_experts;
+  int rank;
+  int row_alignment;
+  int chunk;
+  int64_t*
+      slot_of_received;     // [received in this chunk], rank-major, inside a rank ascending expert
+  int64_t* whole_of_slot;   // [slots of this chunk]; those of padding are left as they are
+  int64_t* expert_offsets;  // [num_chunks + 1, L + 1]: row `chunk`, and the last row by chunk 0
+};
+
+cudaError_t launch_place_chunk(const ChunkReceivedPlaces& places, cudaStream_t stream);
 
 // Writes rows[slot_of_copy[s * copies_per_source + k]] = source[s] for all k, and zeros into the
 // padding rows at the end of each expert's segment.

@@ -34,4 +34,9 @@ Packed pack_rows_cpu(const Source& source, int64_t num_slots, const Padding* pad
 // The same on the current stream.
 Packed pack_rows_cuda(const Source& source, int64_t num_slots, const Padding* padding);
 
+// The same into rows that are there, contiguous, and row weights where the source has weights;
+// slots that get nothing stay as they are.
+void pack_rows_into_cpu(const Source& source, const Packed& into, const Padding* padding);
+void pack_rows_into_cuda(const Source& source, const Packed& into, const Padding* padding);
+
 }  // namespace torch_moe_ep

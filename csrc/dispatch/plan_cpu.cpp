@@ -11,11 +11,10 @@
 #include "common/segments.h"
 #include "dispatch/dispatch.h"
 #include "dispatch/pack_cpu.h"
+#include "dispatch/plan_cpu.h"
 
 namespace torch_moe_ep {
-namespace {
 
-// [E + 1] copies of each expert, and of ids that no expert has.
 at::Tensor count_copies(const at::Tensor& expert_ids, int64_t num_experts) {
   at::Tensor counts = at::zeros({num_experts + 1}, expert_ids.options());
   int64_t* count = counts.mutable_data_ptr<int64_t>();
@@ -27,22 +26,20 @@ at::Tensor count_copies(const at::Tensor& expert_ids, int64_t num_experts) {
   return counts;
 }
 
-// gathered [P, E + 1]: every rank sees the invalid ids of any rank and raises alike.
-void check_ids(const at::Tensor& gathered, int64_t num_experts) {
-  const auto rows = gathered.accessor<int64_t, 2>();
-  for (int64_t rank = 0; rank < gathered.size(0); ++rank) {
-    TORCH_CHECK_VALUE(rows[rank][num_experts] == 0,
+void check_ids(const at::Tensor& num_invalid, int64_t num_experts) {
+  const auto of_rank = num_invalid.accessor<int64_t, 1>();
+  for (int64_t rank = 0; rank < num_invalid.size(0); ++rank) {
+    TORCH_CHECK_VALUE(of_rank[rank] == 0,
                       "expert_ids must be in [0, ",
                       num_experts,
                       "), got ",
-                      rows[rank][num_experts],
+                      of_rank[rank],
                       " others on rank ",
                       rank,
                       " of the expert-parallel group (check the router)");
   }
 }
 
-// First slot of each expert's segment, and the end.
 std::vector<int64_t> offsets_of(const int64_t* lengths, int64_t num_experts, int64_t alignment) {
   std::vector<int64_t> offsets(num_experts + 1, 0);
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -51,11 +48,6 @@ std::vector<int64_t> offsets_of(const int64_t* lengths, int64_t num_experts, int
   return offsets;
 }
 
-at::Tensor to_tensor(const std::vector<int64_t>& values) {
-  return at::tensor(values, at::TensorOptions().dtype(at::kLong));
-}
-
-// Ascending copies get ascending slots of their expert's segment.
 at::Tensor place_copies(const at::Tensor& expert_ids, std::vector<int64_t> next_slot) {
   at::Tensor slot_of_copy = at::empty({expert_ids.numel()}, expert_ids.options());
   int64_t* slot = slot_of_copy.mutable_data_ptr<int64_t>();
@@ -64,7 +56,6 @@ at::Tensor place_copies(const at::Tensor& expert_ids, std::vector<int64_t> next_
   return slot_of_copy;
 }
 
-// First slot of each local expert's segment, and the end. counts [P, E].
 std::vector<int64_t> local_offsets(const at::Tensor& counts, int64_t rank, int64_t alignment) {
   const int64_t num_local = counts.size(1) / counts.size(0);
   const auto rows = counts.accessor<int64_t, 2>();
@@ -73,6 +64,12 @@ std::vector<int64_t> local_offsets(const at::Tensor& counts, int64_t rank, int64
     for (int64_t l = 0; l < num_local; ++l) lengths[l] += rows[source][rank * num_local + l];
   }
   return offsets_of(lengths.data(), num_local, alignment);
+}
+
+namespace {
+
+at::Tensor to_tensor(const std::vector<int64_t>& values) {
+  return at::tensor(values, at::TensorOptions().dtype(at::kLong));
 }
 
 // Rows arrive rank-major and inside a rank by ascending expert; segments are expert-major.
@@ -117,7 +114,7 @@ PlanTensors plan_cpu(const at::Tensor& expert_ids,
   const auto float_options = ids.options().dtype(at::kFloat);
   Packed sent = {at::empty({0, 0}, float_options), at::empty({0}, float_options)};
   if (group_name.empty()) {
-    check_ids(own_counts.unsqueeze(0), num_experts);
+    check_ids(own_counts.narrow(0, num_experts, 1), num_experts);
     check_max_rows(slot_bound(ids.numel(), num_experts, row_alignment), max_rows);
     const auto offsets = offsets_of(lengths, num_experts, row_alignment);
     return {place_copies(ids, offsets),
@@ -138,7 +135,7 @@ PlanTensors plan_cpu(const at::Tensor& expert_ids,
     if (x.has_value()) sent = pack_tokens(*x, weights, slot_of_copy, ids.size(1));
   }
   const at::Tensor gathered = exchange.wait().counts;
-  check_ids(gathered, num_experts);
+  check_ids(gathered.select(1, num_experts), num_experts);
   const at::Tensor counts = gathered.narrow(1, 0, num_experts).contiguous();
   const int64_t rank = comm::group_rank(group_name);
   check_max_rows(exchange_sizes(counts, rank, row_alignment).largest_num_slots, max_rows);

@@ -17,6 +17,12 @@
 // with recompute_gate_up its inputs alone. Given x and the parts of the plan (P = 1) it keeps x in
 // place of rows, and backward dispatches x again: the same rows to the bit.
 //
+// expert_mlp_input_grads(grad_y [R, H], rows or z, ...) ->
+//   grad_rows [R, H], grad_row_weights [R], grad_z [R, 2I], activation a [R, I]: the part of
+//   expert_mlp_backward that needs no other rows. In one pass.
+// expert_mlp_weight_grads(grad_y, rows, grad_z, activation, ...) ->
+//   grad_gate_up, grad_down: its other part, over all rows.
+//
 // rows [R, H]                    float32, bfloat16 or float16
 // row_weights [R]                float32
 // expert_offsets [L + 1]         int64, ascending from 0; on CUDA multiples of 128
@@ -43,6 +49,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "common/checks.h"
 
@@ -159,6 +166,65 @@ inline void check_expert_mlp_backward(const at::Tensor& grad_y,
                     z.sizes(),
                     " (pass what expert_mlp_forward returned)");
   check_same_device(z, "z", rows, "rows");
+}
+
+// rows and z as expert_mlp_input_grads takes them, after check_expert_mlp for grad_y in their
+// place.
+inline void check_rows_or_z(const at::Tensor& grad_y,
+                            const std::optional<at::Tensor>& rows,
+                            const std::optional<at::Tensor>& z,
+                            const at::Tensor& gate_up) {
+  TORCH_CHECK_VALUE(rows.has_value() != z.has_value(),
+                    "rows or z must be given, and not both, got ",
+                    rows.has_value() ? "both" : "none");
+  const at::Tensor& found = z.has_value() ? *z : *rows;
+  const int64_t columns = z.has_value() ? gate_up.size(1) : gate_up.size(2);
+  TORCH_CHECK_VALUE(found.dim() == 2 && found.size(0) == grad_y.size(0) &&
+                        found.size(1) == columns && found.scalar_type() == grad_y.scalar_type(),
+                    z.has_value() ? "z" : "rows",
+                    " must be ",
+                    grad_y.scalar_type(),
+                    " [",
+                    grad_y.size(0),
+                    ", ",
+                    columns,
+                    "], got ",
+                    found.scalar_type(),
+                    " ",
+                    found.sizes());
+  check_same_device(found, z.has_value() ? "z" : "rows", grad_y, "grad_y");
+}
+
+inline void check_expert_mlp_weight_grads(const at::Tensor& grad_y,
+                                          const at::Tensor& rows,
+                                          const at::Tensor& grad_z,
+                                          const at::Tensor& activation,
+                                          const at::Tensor& expert_offsets) {
+  check_int64(expert_offsets, "expert_offsets");
+  TORCH_CHECK_VALUE(expert_offsets.dim() == 1 && expert_offsets.size(0) >= 1,
+                    "expert_offsets must be [local experts + 1], got shape ",
+                    expert_offsets.sizes());
+  check_dim(rows, "rows", 2, "[slots, hidden]");
+  const auto check = [&rows](const at::Tensor& tensor, const char* name, int64_t columns) {
+    TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.size(0) == rows.size(0) &&
+                          tensor.size(1) == columns && tensor.scalar_type() == rows.scalar_type(),
+                      name,
+                      " must be ",
+                      rows.scalar_type(),
+                      " [",
+                      rows.size(0),
+                      ", ",
+                      columns,
+                      "], got ",
+                      tensor.scalar_type(),
+                      " ",
+                      tensor.sizes());
+    check_same_device(tensor, name, rows, "rows");
+  };
+  check(grad_y, "grad_y", rows.size(1));
+  check_dim(activation, "activation", 2, "[slots, width]");
+  check(activation, "activation", activation.size(1));
+  check(grad_z, "grad_z", 2 * activation.size(1));
 }
 
 }  // namespace torch_moe_ep

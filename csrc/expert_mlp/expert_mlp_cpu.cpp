@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -109,8 +110,8 @@ void swiglu_backward(const at::Tensor& z,
 // The gradient of one weight [L, M, N]: scale * sum over an expert's slots of left^T right.
 class WeightGradient {
  public:
-  WeightGradient(const at::Tensor& weight, double scale)
-      : scale_(scale), gradient_(at::empty(weight.sizes(), weight.options())) {}
+  WeightGradient(at::IntArrayRef sizes, const at::TensorOptions& options, double scale)
+      : scale_(scale), gradient_(at::empty(sizes, options)) {}
 
   // Segments come in their order; left [count, M], right [count, N].
   void add(const Segment& segment, const at::Tensor& left, const at::Tensor& right) {
@@ -239,8 +240,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
   const at::Tensor z_buffer = at::empty({num_buffered, gate_up.size(1)}, rows.options());
   at::Tensor grad_rows = at::empty(rows.sizes(), rows.options());
   at::Tensor grad_row_weights = at::empty(row_weights.sizes(), row_weights.options());
-  WeightGradient grad_gate_up(dense_gate_up, weight_grad_scale);
-  WeightGradient grad_down(dense_down, weight_grad_scale);
+  WeightGradient grad_gate_up(gate_up.sizes(), rows.options(), weight_grad_scale);
+  WeightGradient grad_down(down.sizes(), rows.options(), weight_grad_scale);
 
   for (const Segment& segment : segments) {
     const at::Tensor segment_grad = segment.of(dense_grad);
@@ -263,9 +264,72 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
   return {grad_rows, grad_row_weights, grad_gate_up.finish(), grad_down.finish()};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_input_grads_cpu(
+    const at::Tensor& grad_y,
+    const std::optional<at::Tensor>& rows,
+    const at::Tensor& row_weights,
+    const std::optional<at::Tensor>& z,
+    const at::Tensor& expert_offsets,
+    const at::Tensor& host_offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  check_expert_mlp(grad_y, row_weights, expert_offsets, host_offsets, gate_up, down);
+  check_rows_or_z(grad_y, rows, z, gate_up);
+  const auto segments = segments_of(expert_offsets, grad_y.size(0), 0);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const at::Tensor dense_grad = grad_y.contiguous();
+  const at::Tensor dense_source = z.has_value() ? z->contiguous() : rows->contiguous();
+  const at::Tensor dense_weights = row_weights.contiguous();
+  const at::Tensor dense_gate_up = gate_up.contiguous();
+  const at::Tensor dense_down = down.contiguous();
+  at::Tensor grad_rows = at::empty(grad_y.sizes(), grad_y.options());
+  at::Tensor grad_row_weights = at::empty(row_weights.sizes(), row_weights.options());
+  at::Tensor grad_z = at::empty({grad_y.size(0), gate_up.size(1)}, grad_y.options());
+  at::Tensor activation = at::empty({grad_y.size(0), down.size(2)}, grad_y.options());
+
+  for (const Segment& segment : segments) {
+    const at::Tensor expert_gate_up = dense_gate_up.select(0, segment.expert);
+    const at::Tensor segment_grad_z = segment.of(grad_z);
+    const at::Tensor segment_source = segment.of(dense_source);
+    if (!z.has_value()) multiply(segment_grad_z, segment_source, expert_gate_up.t());
+    const at::Tensor segment_activation = segment.of(activation);  // first its gradient
+    multiply(segment_activation, segment.of(dense_grad), dense_down.select(0, segment.expert));
+    swiglu_backward(z.has_value() ? segment_source : segment_grad_z,
+                    segment.of(dense_weights),
+                    segment_activation,
+                    segment_grad_z,
+                    segment.of(grad_row_weights));
+    multiply(segment.of(grad_rows), segment_grad_z, expert_gate_up);
+  }
+  return {grad_rows, grad_row_weights, grad_z, activation};
+}
+
+std::tuple<at::Tensor, at::Tensor> expert_mlp_weight_grads_cpu(const at::Tensor& grad_y,
+                                                               const at::Tensor& rows,
+                                                               const at::Tensor& grad_z,
+                                                               const at::Tensor& activation,
+                                                               const at::Tensor& expert_offsets,
+                                                               const at::Tensor& /*host_offsets*/,
+                                                               double weight_grad_scale) {
+  check_expert_mlp_weight_grads(grad_y, rows, grad_z, activation, expert_offsets);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t num_experts = expert_offsets.numel() - 1;
+  const int64_t hidden = rows.size(1), width = activation.size(1);
+  const auto options = rows.options();
+  WeightGradient grad_gate_up({num_experts, 2 * width, hidden}, options, weight_grad_scale);
+  WeightGradient grad_down({num_experts, hidden, width}, options, weight_grad_scale);
+  for (const Segment& segment : segments_of(expert_offsets, rows.size(0), 0)) {
+    grad_down.add(segment, segment.of(grad_y), segment.of(activation));
+    grad_gate_up.add(segment, segment.of(grad_z), segment.of(rows));
+  }
+  return {grad_gate_up.finish(), grad_down.finish()};
+}
+
 TORCH_LIBRARY_IMPL(torch_moe_ep, CPU, m) {
   m.impl("expert_mlp_forward", &expert_mlp_forward_cpu);
   m.impl("expert_mlp_backward", &expert_mlp_backward_cpu);
+  m.impl("expert_mlp_input_grads", &expert_mlp_input_grads_cpu);
+  m.impl("expert_mlp_weight_grads", &expert_mlp_weight_grads_cpu);
 }
 
 }  // namespace torch_moe_ep

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -182,9 +183,53 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
           grad_down.get(down.scalar_type())};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_input_grads_cuda(
+    const at::Tensor& grad_y,
+    const std::optional<at::Tensor>& rows,
+    const at::Tensor& row_weights,
+    const std::optional<at::Tensor>& z,
+    const at::Tensor& expert_offsets,
+    const at::Tensor& host_offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down) {
+  check_expert_mlp(grad_y, row_weights, expert_offsets, host_offsets, gate_up, down);
+  check_rows_or_z(grad_y, rows, z, gate_up);
+  const c10::cuda::CUDAGuard guard(grad_y.device());
+  const at::Tensor dense_weights = row_weights.contiguous();
+  const at::Tensor dense_gate_up = gate_up.contiguous();
+  at::Tensor grad_row_weights = at::empty(dense_weights.sizes(), dense_weights.options());
+  ExpertGemms gemms(expert_offsets, host_offsets);
+  const at::Tensor dense_z =
+      z.has_value() ? z->contiguous() : gemms.nt(rows->contiguous(), dense_gate_up);
+  const SwigluGradients hidden = swiglu_backward(gemms.nn(grad_y.contiguous(), down.contiguous()),
+                                                 dense_z,
+                                                 dense_weights,
+                                                 expert_offsets,
+                                                 grad_row_weights);
+  return {
+      gemms.nn(hidden.grad_z, dense_gate_up), grad_row_weights, hidden.grad_z, hidden.activation};
+}
+
+std::tuple<at::Tensor, at::Tensor> expert_mlp_weight_grads_cuda(const at::Tensor& grad_y,
+                                                                const at::Tensor& rows,
+                                                                const at::Tensor& grad_z,
+                                                                const at::Tensor& activation,
+                                                                const at::Tensor& expert_offsets,
+                                                                const at::Tensor& host_offsets,
+                                                                double weight_grad_scale) {
+  check_expert_mlp_weight_grads(grad_y, rows, grad_z, activation, expert_offsets);
+  const c10::cuda::CUDAGuard guard(rows.device());
+  ExpertGemms gemms(expert_offsets, host_offsets);
+  const at::Tensor grad_down =
+      gemms.tn(grad_y.contiguous(), activation.contiguous(), weight_grad_scale);
+  return {gemms.tn(grad_z.contiguous(), rows.contiguous(), weight_grad_scale), grad_down};
+}
+
 TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) {
   m.impl("expert_mlp_forward", &expert_mlp_forward_cuda);
   m.impl("expert_mlp_backward", &expert_mlp_backward_cuda);
+  m.impl("expert_mlp_input_grads", &expert_mlp_input_grads_cuda);
+  m.impl("expert_mlp_weight_grads", &expert_mlp_weight_grads_cuda);
 }
 
 }  // namespace torch_moe_ep

@@ -18,13 +18,14 @@ from torch_moe_ep import ops  # noqa: F401  registers the operators
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 KEPT = {
-    "routing": ("route", "sinkhorn", "plan", "node_plan"),
+    "routing": ("route", "sinkhorn", "plan", "node_plan", "plan_chunks"),
     "rows": (
-        *("route", "sinkhorn", "plan", "node_plan"),
-        *("dispatch", "combine", "node_dispatch", "node_combine"),
+        *("route", "sinkhorn", "plan", "node_plan", "plan_chunks"),
+        *("dispatch", "combine", "node_dispatch", "node_combine", "chunked_experts_forward"),
     ),
 }
-NUM_PLAN_ARGUMENTS = 6  # those before x, for which plan packs rows
+# Arguments before x, for which a plan packs rows.
+NUM_PLAN_ARGUMENTS = {"plan": 6, "plan_chunks": 7}
 
 
 def checkpoint_contexts(keep: str = "routing") -> Callable[[], Contexts]:
@@ -61,7 +62,11 @@ def checkpoint_contexts(keep: str = "routing") -> Callable[[], Contexts]:
     def contexts() -> Contexts:
         forward, recompute = create_selective_checkpoint_contexts(kept)
         found: list[tuple[torch.Tensor, ...]] = []
-        return _Both(forward, _NoteTopK(found)), _Both(recompute, _GiveTopK(found))
+        keeps_rows = keep == "rows"
+        return (
+            _Both(forward, _NoteTopK(found, keeps_rows)),
+            _Both(recompute, _GiveTopK(found, keeps_rows)),
+        )
 
     return contexts
 
@@ -88,10 +93,17 @@ class _Both(AbstractContextManager[None]):
         return self.stack.__exit__(kind, error, trace)
 
 
-def _call(func: Any, args: Any, kwargs: Any) -> Any:
-    """Call an operator; plan without x, so that what is kept of it holds no rows to send."""
-    if func is torch.ops.torch_moe_ep.plan.default:
-        args = args[:NUM_PLAN_ARGUMENTS]
+def _call(func: Any, args: Any, kwargs: Any, keeps_rows: bool) -> Any:
+    """Call an operator as its outputs are to be kept.
+
+    A plan without x, so that it holds no rows to send. Chunked experts without gate and up
+    products, which backward then computes again, as it does with what `dispatch` kept.
+    """
+    for name, num_arguments in NUM_PLAN_ARGUMENTS.items():
+        if func is getattr(torch.ops.torch_moe_ep, name).default:
+            args = args[:num_arguments]
+    if keeps_rows and func is torch.ops.torch_moe_ep.chunked_experts_forward.default:
+        args = (*args[:-1], False)
     return func(*args, **(kwargs or {}))
 
 
@@ -101,12 +113,13 @@ class _NoteTopK(TorchDispatchMode):
     torch's own contexts keep the tensors themselves, and routers divide the weights in place.
     """
 
-    def __init__(self, found: list[tuple[torch.Tensor, ...]]) -> None:
+    def __init__(self, found: list[tuple[torch.Tensor, ...]], keeps_rows: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found = found
+        self.keeps_rows = keeps_rows
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = _call(func, args, kwargs)
+        out = _call(func, args, kwargs, self.keeps_rows)
         if func is torch.ops.aten.topk.default:
             self.found.append(tuple(part.clone() for part in out))
         return out
@@ -115,11 +128,12 @@ class _NoteTopK(TorchDispatchMode):
 class _GiveTopK(TorchDispatchMode):
     """Gives the copies back, in the order in which they were kept."""
 
-    def __init__(self, found: list[tuple[torch.Tensor, ...]]) -> None:
+    def __init__(self, found: list[tuple[torch.Tensor, ...]], keeps_rows: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found = found
+        self.keeps_rows = keeps_rows
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.topk.default and self.found:
             return self.found.pop(0)
-        return _call(func, args, kwargs)
+        return _call(func, args, kwargs, self.keeps_rows)

@@ -120,3 +120,40 @@ def _expert_mlp_backward_fake(
         gate_up.new_empty(gate_up.shape),
         down.new_empty(down.shape),
     )
+
+
+@torch.library.register_fake("torch_moe_ep::expert_mlp_input_grads")
+def _expert_mlp_input_grads_fake(
+    grad_y: torch.Tensor,
+    rows: torch.Tensor | None,
+    row_weights: torch.Tensor,
+    z: torch.Tensor | None,
+    expert_offsets: torch.Tensor,
+    host_offsets: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_slots = grad_y.size(0)
+    return (
+        grad_y.new_empty(grad_y.shape),
+        row_weights.new_empty(row_weights.shape),
+        grad_y.new_empty((num_slots, gate_up.size(1))),
+        grad_y.new_empty((num_slots, down.size(2))),
+    )
+
+
+@torch.library.register_fake("torch_moe_ep::expert_mlp_weight_grads")
+def _expert_mlp_weight_grads_fake(
+    grad_y: torch.Tensor,
+    rows: torch.Tensor,
+    grad_z: torch.Tensor,
+    activation: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    host_offsets: torch.Tensor,
+    weight_grad_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_experts = expert_offsets.size(0) - 1
+    return (
+        rows.new_empty((num_experts, grad_z.size(1), rows.size(1))),
+        rows.new_empty((num_experts, rows.size(1), activation.size(1))),
+    )

@@ -1,0 +1,72 @@
+// chunked_experts: dispatch, expert_mlp and combine of tokens in C chunks, so that a chunk travels
+// under the GEMMs of the one before.
+//
+//   forward   send 0 | send 1, GEMMs 0, back 0 | send 2, GEMMs 1, back 1 | ...   sum over K
+//   backward  the same with gradients of the results one way and of the rows the other, then the
+//             gradients of the weights once, over all rows, while the last chunk is on its way
+//
+// Everything is issued in this order on every rank, whatever its chunks hold, and nothing waits on
+// the host (gloo: for each exchange, when its rows are needed).
+//
+// What backward reads is kept in the order of the whole (dispatch/plan_chunks.h), so that it takes
+// the bytes that one chunk takes, and the sums over rows have one order. A chunk's GEMMs read and
+// write buffers in the chunk's own expert order; rows are copied between the two.
+//
+// chunked_experts_forward(x [T, H], weights [T, K] fp32, plan, gate_up, down, ...) ->
+//   output [T, H]         as combine makes it.
+//   rows [R, H], row_weights [R]  received rows of all chunks; [0, H] and [0] unless keep_rows.
+//   z [R, 2I]             gate and up products; [0, 2I] unless keep_gate_up and in one pass.
+// chunked_experts_backward(grad_output [T, H], these, plan, gate_up, down, ...) ->
+//   grad_x [T, H], grad_weights [T, K], grad_gate_up [L, 2I, H], grad_down [L, H, I]
+//   z [0, 2I] is computed again. With slots_per_pass > 0 the experts' backward is that of one
+//   chunk, in passes, after all gradients have come: intermediates of all rows would break the
+//   bound.
+//
+// Collective over the group, of two ranks or more, in both directions. Deterministic. Errors as of
+// dispatch, expert_mlp and combine.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "combine/gather_rows.h"
+#include "common/exchange_sizes.h"
+#include "dispatch/pack_rows.h"
+#include "dispatch/plan_chunks.h"
+
+namespace torch_moe_ep {
+
+// The plan as plan_chunks returns it.
+struct ChunkPlan {
+  at::Tensor slot_of_copy;
+  at::Tensor counts;
+  at::Tensor host_counts;
+  int64_t top_k;
+  int64_t row_alignment;
+  std::string group_name;
+};
+
+// What chunks need of a device.
+struct ChunkDevice {
+  void (*pack_rows_into)(const Source&, const Packed& into, const Padding*);
+  Gathered (*gather_rows)(const at::Tensor& rows,
+                          const std::optional<at::Tensor>& row_weights,
+                          const at::Tensor& slot_of_copy,
+                          int64_t copies_per_output);
+  ChunkPlaces (*place_chunks)(const at::Tensor& counts,
+                              const std::vector<ExchangeSizes>& sizes,
+                              int64_t rank,
+                              int64_t row_alignment);
+};
+
+// Rows and the router weights that go with them.
+struct ChunkRows {
+  at::Tensor rows;
+  at::Tensor weights;  // undefined where none go
+};
+
+}  // namespace torch_moe_ep

@@ -1,0 +1,116 @@
+#include "chunks/collective_transport.h"
+
+#include <ATen/Functions.h>
+
+#include <utility>
+
+#include "comm/label.h"
+
+namespace torch_moe_ep {
+namespace {
+
+// Rows [first, first + count) of both.
+ChunkRows cut(const ChunkRows& whole, int64_t first, int64_t count) {
+  return {whole.rows.narrow(0, first, count),
+          whole.weights.defined() ? whole.weights.narrow(0, first, count) : at::Tensor()};
+}
+
+ChunkRows empty_rows(int64_t num_rows, const at::Tensor& like, bool has_weights) {
+  return {at::empty({num_rows, like.size(1)}, like.options()),
+          has_weights ? at::empty({num_rows}, like.options().dtype(at::kFloat)) : at::Tensor()};
+}
+
+}  // namespace
+
+CollectiveChunks::CollectiveChunks(const ChunkLayout& layout,
+                                   const ChunkDevice& device,
+                                   ChunkStages stages,
+                                   ChunkRows tokens,
+                                   ChunkRows packed)
+    : layout_(layout),
+      device_(device),
+      stages_(stages),
+      tokens_(std::move(tokens)),
+      send_buffer_(std::move(packed)),
+      is_packed_(send_buffer_.rows.defined()),
+      dispatches_(layout.num_chunks()),
+      returns_(layout.num_chunks()) {
+  if (is_packed_) return;
+  const int64_t num_copies = layout_.plan().slot_of_copy.numel();
+  send_buffer_ = empty_rows(num_copies, tokens_.rows, tokens_.weights.defined());
+}
+
+// Copies of invalid ids, which are not sent, leave the end of a chunk's rows free.
+ChunkRows CollectiveChunks::sent_rows(int64_t chunk) {
+  const int64_t first = layout_.first_token(chunk), count = layout_.num_tokens_of(chunk);
+  const int64_t first_copy = layout_.first_copy(chunk), top_k = layout_.plan().top_k;
+  if (!is_packed_) {
+    const ChunkRows tokens = cut(tokens_, first, count);
+    const Source source = {tokens.rows,
+                           tokens.weights,
+                           layout_.plan().slot_of_copy.narrow(0, first_copy, count * top_k),
+                           top_k};
+    device_.pack_rows_into(source, {send_buffer_.rows, send_buffer_.weights}, nullptr);
+  }
+  return cut(send_buffer_, first_copy, layout_.sizes(chunk).num_sent);
+}
+
+void CollectiveChunks::start_dispatch(int64_t chunk) {
+  const comm::ScopedStage stage(stages_.dispatch);
+  const ExchangeSizes& sizes = layout_.sizes(chunk);
+  const ChunkRows sent = sent_rows(chunk);
+  dispatches_[chunk].emplace(std::vector<at::Tensor>{sent.rows, sent.weights},
+                             sizes.send_rows,
+                             sizes.received_rows,
+                             layout_.plan().group_name);
+  if (chunk + 1 < layout_.num_chunks()) return;
+  tokens_ = {};  // what is still on its way is held by its exchange
+  send_buffer_ = {};
+}
+
+ChunkRows CollectiveChunks::finish_dispatch(int64_t chunk) {
+  const comm::ScopedStage stage(stages_.dispatch);
+  auto received = dispatches_[chunk]->wait();
+  dispatches_[chunk].reset();
+  const ChunkRows found =
+      empty_rows(layout_.sizes(chunk).num_slots, received[0], received[1].defined());
+  const Source source = {received[0], received[1], layout_.slot_of_received(chunk), 1};
+  const Padding padding = layout_.padding(chunk);
+  device_.pack_rows_into(source, {found.rows, found.weights}, &padding);
+  return found;
+}
+
+void CollectiveChunks::start_combine(int64_t chunk, const ChunkRows& rows) {
+  if (chunk > 0) finish_return(chunk - 1);
+  const comm::ScopedStage stage(stages_.combine);
+  const bool has_weights = rows.weights.defined();
+  if (!returned_.rows.defined()) {
+    returned_ = empty_rows(layout_.plan().slot_of_copy.numel(), rows.rows, has_weights);
+  }
+  const ExchangeSizes& sizes = layout_.sizes(chunk);
+  const Gathered leaving =
+      device_.gather_rows(rows.rows, given(rows.weights), layout_.slot_of_received(chunk), 1);
+  const ChunkRows into = cut(returned_, layout_.first_copy(chunk), sizes.num_sent);
+  returns_[chunk].emplace(
+      std::vector<at::Tensor>{leaving.out,
+                              has_weights ? leaving.weights.reshape({-1}) : at::Tensor()},
+      sizes.received_rows,
+      sizes.send_rows,
+      layout_.plan().group_name,
+      std::vector<at::Tensor>{into.rows, into.weights});
+}
+
+void CollectiveChunks::finish_return(int64_t chunk) {
+  const comm::ScopedStage stage(stages_.combine);
+  returns_[chunk]->wait();
+  returns_[chunk].reset();
+}
+
+ChunkRows CollectiveChunks::finish_combine() {
+  finish_return(layout_.num_chunks() - 1);
+  const Gathered sums = device_.gather_rows(
+      returned_.rows, given(returned_.weights), layout_.plan().slot_of_copy, layout_.plan().top_k);
+  return {sums.out, returned_.weights.defined() ? sums.weights : at::Tensor()};
+}
+
+}  // namespace torch_moe_ep

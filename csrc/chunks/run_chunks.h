@@ -1,0 +1,89 @@
+// Both operators for a device, from the functions that it has.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "chunks/chunks.h"
+#include "chunks/collective_transport.h"
+#include "chunks/layout.h"
+#include "chunks/pipeline.h"
+#include "dispatch/dispatch.h"
+
+namespace torch_moe_ep {
+
+template <const ChunkDevice& kDevice>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_forward(
+    const at::Tensor& x,
+    const at::Tensor& weights,
+    const at::Tensor& slot_of_copy,
+    const at::Tensor& counts,
+    const at::Tensor& host_counts,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    int64_t top_k,
+    int64_t row_alignment,
+    const std::string& group_name,
+    int64_t slots_per_pass,
+    const std::optional<at::Tensor>& send_rows,
+    const std::optional<at::Tensor>& send_weights,
+    bool keep_rows,
+    bool keep_gate_up) {
+  check_dispatch(x, weights, slot_of_copy, top_k);
+  if (send_rows) check_packed(x, /*has_weights=*/true, slot_of_copy, *send_rows, send_weights);
+  const c10::DeviceGuard guard(x.device());
+  ChunkLayout layout({slot_of_copy, counts, host_counts, top_k, row_alignment, group_name});
+  const ChunkRows packed = send_rows ? ChunkRows{*send_rows, *send_weights} : ChunkRows{};
+  CollectiveChunks transport(
+      layout, kDevice, {"dispatch", "combine"}, {x.contiguous(), weights.contiguous()}, packed);
+  const ChunkExperts experts = {gate_up, down, slots_per_pass};
+  const ChunkForward found =
+      run_forward(transport, layout, kDevice, experts, keep_rows, keep_gate_up);
+  return {found.output, found.kept.rows, found.kept.row_weights, found.kept.z};
+}
+
+template <const ChunkDevice& kDevice>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_backward(
+    const at::Tensor& grad_output,
+    const at::Tensor& rows,
+    const at::Tensor& row_weights,
+    const at::Tensor& z,
+    const at::Tensor& slot_of_copy,
+    const at::Tensor& counts,
+    const at::Tensor& host_counts,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    int64_t top_k,
+    int64_t row_alignment,
+    const std::string& group_name,
+    double weight_grad_scale,
+    int64_t slots_per_pass) {
+  check_dispatch(grad_output, std::nullopt, slot_of_copy, top_k);
+  const c10::DeviceGuard guard(grad_output.device());
+  ChunkLayout layout({slot_of_copy, counts, host_counts, top_k, row_alignment, group_name});
+  TORCH_CHECK_VALUE(rows.size(0) == layout.num_slots_of_whole(),
+                    "rows must be the ",
+                    layout.num_slots_of_whole(),
+                    " that chunked_experts_forward kept, got shape ",
+                    rows.sizes());
+  // The gradient of the results is dispatched, that of the rows combined.
+  CollectiveChunks transport(layout,
+                             kDevice,
+                             {"combine backward", "dispatch backward"},
+                             {grad_output.contiguous(), at::Tensor()},
+                             {});
+  const ChunkBackward found = run_backward(transport,
+                                           layout,
+                                           kDevice,
+                                           {gate_up, down, slots_per_pass},
+                                           {rows, row_weights, z},
+                                           weight_grad_scale);
+  return {found.x, found.weights, found.gate_up, found.down};
+}
+
+}  // namespace torch_moe_ep

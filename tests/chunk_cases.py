@@ -1,0 +1,60 @@
+"""Lone experts in chunks: inputs of a rank, and everything that one step gives."""
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+
+from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, metrics
+from torch_moe_ep.testing import LoneExperts, random_routing
+from torch_moe_ep.testing.parallel import full_gradients
+
+NUM_EXPERTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Sizes of lone experts, and how their tokens are routed: "spread", or "piled" on one expert
+    by some ranks only."""
+
+    hidden: int = 16
+    width: int = 32
+    top_k: int = 2
+    routing: str = "spread"
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    tokens_apart: int = 4
+
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states, ids, weights and upstream gradient of this rank; rank 1 has no token."""
+        rank = dist.get_rank()
+        tokens = 0 if rank == 1 else 9 + self.tokens_apart * rank
+        generator = torch.Generator().manual_seed(rank)
+        x = torch.randn(tokens, self.hidden, generator=generator).to(self.dtype)
+        ids, weights = random_routing(tokens, self.top_k, NUM_EXPERTS, seed=rank)
+        if self.routing == "piled" and rank % 2 == 0:
+            ids = torch.arange(self.top_k).expand_as(ids).contiguous()
+        upstream = torch.randn(x.shape, generator=generator).to(self.dtype)
+        x, ids, weights, upstream = (it.to(self.device) for it in (x, ids, weights, upstream))
+        return x.requires_grad_(), ids, weights.requires_grad_(), upstream
+
+    def experts(self, ep: int, config: dict) -> torch.nn.Module:
+        """Patched lone experts. Collective."""
+        lone = LoneExperts(NUM_EXPERTS, self.hidden, self.width).to(self.device, self.dtype)
+        return apply_expert_parallel(lone, init_device_mesh(self.device, ep), MoEConfig(**config))
+
+
+def results_of_two_steps(layer: Layer, ep: int, config: dict) -> dict[str, torch.Tensor]:
+    """Output, gradients and counted copies; two steps must agree in every bit."""
+    model = layer.experts(ep, config)
+    runs = []
+    for _ in range(2):
+        model.zero_grad()
+        x, ids, weights, upstream = layer.inputs()
+        y = model(x, ids, weights)
+        y.backward(upstream)
+        runs.append({"y": y.detach(), "x": x.grad, "w": weights.grad, **full_gradients(model)})
+    first, second = runs
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    found = {**first, "load": metrics.expert_load(model).tokens["experts"]}
+    return {name: value.cpu() for name, value in found.items()}
