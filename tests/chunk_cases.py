@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 import torch.distributed as dist
+from gpu.cases import poisoned_memory
 
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, metrics
 from torch_moe_ep.testing import LoneExperts, random_routing
@@ -45,14 +46,18 @@ class Layer:
 
 
 def results_of_two_steps(layer: Layer, ep: int, config: dict) -> dict[str, torch.Tensor]:
-    """Output, gradients and counted copies; two steps must agree in every bit."""
+    """Output, gradients and counted copies, with NaN in memory that nobody wrote.
+
+    Two steps must agree in every bit.
+    """
     model = layer.experts(ep, config)
     runs = []
     for _ in range(2):
         model.zero_grad()
         x, ids, weights, upstream = layer.inputs()
-        y = model(x, ids, weights)
-        y.backward(upstream)
+        with poisoned_memory():
+            y = model(x, ids, weights)
+            y.backward(upstream)
         runs.append({"y": y.detach(), "x": x.grad, "w": weights.grad, **full_gradients(model)})
     first, second = runs
     assert [name for name in first if not torch.equal(first[name], second[name])] == []

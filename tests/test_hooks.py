@@ -33,6 +33,7 @@ RUNS = [
     Run("ddp", 2, 2),
     Run("none", 2, 2),
     Run("fsdp2", 2, 2, config={"dispatcher": "all_gather"}, label="all_gather"),
+    Run("fsdp2", 2, 2, config={"num_chunks": 3}, label="chunks"),
 ]
 
 
