@@ -20,6 +20,14 @@ ChunkRows empty_rows(int64_t num_rows, const at::Tensor& like, bool has_weights)
           has_weights ? at::empty({num_rows}, like.options().dtype(at::kFloat)) : at::Tensor()};
 }
 
+// Waits, and lets go of what was held for the exchange.
+std::vector<at::Tensor> finish(std::optional<comm::RowExchange>& started) {
+  TORCH_INTERNAL_ASSERT(started.has_value(), "finished before it was started, or twice");
+  auto received = started->wait();
+  started.reset();
+  return received;
+}
+
 }  // namespace
 
 CollectiveChunks::CollectiveChunks(const ChunkLayout& layout,
@@ -70,8 +78,7 @@ void CollectiveChunks::start_dispatch(int64_t chunk) {
 
 ChunkRows CollectiveChunks::finish_dispatch(int64_t chunk) {
   const comm::ScopedStage stage(stages_.dispatch);
-  auto received = dispatches_[chunk]->wait();
-  dispatches_[chunk].reset();
+  const auto received = finish(dispatches_[chunk]);
   const ChunkRows found =
       empty_rows(layout_.sizes(chunk).num_slots, received[0], received[1].defined());
   const Source source = {received[0], received[1], layout_.slot_of_received(chunk), 1};
@@ -102,8 +109,7 @@ void CollectiveChunks::start_combine(int64_t chunk, const ChunkRows& rows) {
 
 void CollectiveChunks::finish_return(int64_t chunk) {
   const comm::ScopedStage stage(stages_.combine);
-  returns_[chunk]->wait();
-  returns_[chunk].reset();
+  finish(returns_[chunk]);
 }
 
 ChunkRows CollectiveChunks::finish_combine() {
