@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             name = _site_path(target)
             if name in files.src_uris:
                 continue
-            copy = File.generated(config, name, abs_src_path=str(target))
+            copy = File.generated(
+                config, name, abs_src_path=str(target), inclusion=InclusionLevel.NOT_IN_NAV
+            )
             files.append(copy)
             if copy.is_documentation_page():
                 waiting.append(copy)

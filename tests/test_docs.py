@@ -85,7 +85,8 @@ def test_site_builds_strictly_and_its_reference_holds_every_public_name(tmp_path
     inventory = (tmp_path / "objects.inv").read_bytes().split(b"\n", 4)[4]
     documented = {line.split(" ")[0] for line in zlib.decompress(inventory).decode().splitlines()}
     wanted = {f"torch_moe_ep.{name}" for name in torch_moe_ep.__all__}
-    for module in (torch_moe_ep.ops, torch_moe_ep.hooks, torch_moe_ep.memory, smp):
+    modules = (torch_moe_ep.ops, torch_moe_ep.hooks, torch_moe_ep.memory, torch_moe_ep.metrics)
+    for module in (*modules, smp):
         members = [getattr(module, name) for name in module.__all__]
         wanted |= {f"{m.__module__}.{m.__qualname__}" for m in members if callable(m)}
     assert wanted <= documented, sorted(wanted - documented)
