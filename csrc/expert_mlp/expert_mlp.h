@@ -168,12 +168,11 @@ inline void check_expert_mlp_backward(const at::Tensor& grad_y,
   check_same_device(z, "z", rows, "rows");
 }
 
-// rows and z as expert_mlp_input_grads takes them, after check_expert_mlp for grad_y in their
-// place.
-inline void check_rows_or_z(const at::Tensor& grad_y,
-                            const std::optional<at::Tensor>& rows,
-                            const std::optional<at::Tensor>& z,
-                            const at::Tensor& gate_up) {
+// rows or z, whichever expert_mlp_input_grads was given; after check_expert_mlp for grad_y.
+inline at::Tensor checked_rows_or_z(const at::Tensor& grad_y,
+                                    const std::optional<at::Tensor>& rows,
+                                    const std::optional<at::Tensor>& z,
+                                    const at::Tensor& gate_up) {
   TORCH_CHECK_VALUE(rows.has_value() != z.has_value(),
                     "rows or z must be given, and not both, got ",
                     rows.has_value() ? "both" : "none");
@@ -193,6 +192,7 @@ inline void check_rows_or_z(const at::Tensor& grad_y,
                     " ",
                     found.sizes());
   check_same_device(found, z.has_value() ? "z" : "rows", grad_y, "grad_y");
+  return found;
 }
 
 inline void check_expert_mlp_weight_grads(const at::Tensor& grad_y,

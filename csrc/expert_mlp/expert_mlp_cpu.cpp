@@ -274,11 +274,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_input_grad
     const at::Tensor& gate_up,
     const at::Tensor& down) {
   check_expert_mlp(grad_y, row_weights, expert_offsets, host_offsets, gate_up, down);
-  check_rows_or_z(grad_y, rows, z, gate_up);
+  const at::Tensor source = checked_rows_or_z(grad_y, rows, z, gate_up);
   const auto segments = segments_of(expert_offsets, grad_y.size(0), 0);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const at::Tensor dense_grad = grad_y.contiguous();
-  const at::Tensor dense_source = z.has_value() ? z->contiguous() : rows->contiguous();
+  const at::Tensor dense_source = source.contiguous();
   const at::Tensor dense_weights = row_weights.contiguous();
   const at::Tensor dense_gate_up = gate_up.contiguous();
   const at::Tensor dense_down = down.contiguous();

@@ -193,14 +193,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_input_grad
     const at::Tensor& gate_up,
     const at::Tensor& down) {
   check_expert_mlp(grad_y, row_weights, expert_offsets, host_offsets, gate_up, down);
-  check_rows_or_z(grad_y, rows, z, gate_up);
+  const at::Tensor source = checked_rows_or_z(grad_y, rows, z, gate_up);
   const c10::cuda::CUDAGuard guard(grad_y.device());
   const at::Tensor dense_weights = row_weights.contiguous();
   const at::Tensor dense_gate_up = gate_up.contiguous();
   at::Tensor grad_row_weights = at::empty(dense_weights.sizes(), dense_weights.options());
   ExpertGemms gemms(expert_offsets, host_offsets);
   const at::Tensor dense_z =
-      z.has_value() ? z->contiguous() : gemms.nt(rows->contiguous(), dense_gate_up);
+      z.has_value() ? source.contiguous() : gemms.nt(source.contiguous(), dense_gate_up);
   const SwigluGradients hidden = swiglu_backward(gemms.nn(grad_y.contiguous(), down.contiguous()),
                                                  dense_z,
                                                  dense_weights,
