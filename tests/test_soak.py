@@ -57,8 +57,12 @@ def resources() -> dict[str, int]:
 @pytest.mark.parametrize(
     "num_steps", [100, pytest.param(1000, marks=pytest.mark.full)], ids="{}_steps".format
 )
-def test_steps_with_random_routing_and_delays_neither_hang_nor_grow(ranks, num_steps):
-    grown = ranks(4).run(soak, Run("fsdp2", 4, 2), num_steps, timeout_s=60.0 + 0.5 * num_steps)
+@pytest.mark.parametrize(
+    "config", [{}, pytest.param({"num_chunks": 3}, marks=pytest.mark.full)], ids=str
+)
+def test_steps_with_random_routing_and_delays_neither_hang_nor_grow(ranks, config, num_steps):
+    run = Run("fsdp2", 4, 2, config=config)
+    grown = ranks(4).run(soak, run, num_steps, timeout_s=60.0 + 0.5 * num_steps)
     for rank, growth in enumerate(grown):
         assert growth["bytes"] < MAX_GROWTH_BYTES, f"rank {rank}: {growth}"
         assert growth["threads"] == 0, f"rank {rank}: {growth}"
