@@ -123,7 +123,9 @@ def _draw_layers(run: Run, path: Path) -> str:
     num_records = max(1, len(load) // 5)
     mean = load[-num_records:].mean(axis=0)
     num_layers, num_experts = mean.shape
-    figure, axes = _figure(min(9.0, max(7.0, 3.0 + 0.3 * num_experts)), 1.6 + 0.24 * num_layers)
+    figure, axes = _figure(
+        min(9.0, max(7.0, 3.0 + 0.3 * num_experts)), max(2.6, 1.6 + 0.24 * num_layers)
+    )
     _heat_map(figure, axes, mean, (-0.5, num_experts - 0.5, num_layers - 0.5, -0.5))
     axes.set(xlabel="expert", ylabel="layer")
     axes.xaxis.set_major_locator(_whole_numbers())
@@ -136,7 +138,8 @@ def _draw_layers(run: Run, path: Path) -> str:
     layer, expert = numpy.unravel_index(mean.argmax(), mean.shape)
     return (
         f"Mean of the last {num_records} records. Busiest: expert {expert} of layer {layer}, "
-        f"{mean.max():.2f} times an even share; idlest {mean.min():.2f} times."
+        f"{mean.max():.2f} times an even share; idlest {mean.min():.2f} times. "
+        f"Darkest red: twice an even share and more."
     )
 
 
@@ -187,7 +190,10 @@ def _heat_map(
     *,
     is_busiest: bool = False,
 ) -> None:
-    """White is an even share, red more, blue less; `is_busiest`: nothing is less."""
+    """White is an even share, red more (darkest: twice and beyond), blue less.
+
+    `is_busiest`: the busiest experts, of which none has less.
+    """
     highest = max(2.0, float(values.max())) if is_busiest else 2.0
     image = axes.imshow(
         values,
@@ -199,9 +205,7 @@ def _heat_map(
         extent=extent,
     )
     colours = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
-    colours.set_label(
-        "copies over an even share" + ("" if is_busiest else " (2 and more: darkest)")
-    )
+    colours.set_label("times an even share", fontsize="small")
 
 
 def _draw_entropy(run: Run, path: Path) -> str:
