@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import MixtralConfig
 
-from examples import corpus, prepare_data
+from examples import corpus
 from examples.arguments import parse_arguments
+from examples.prepare_data import main as prepare_data
 from examples.run_log import model_flops_per_step
 from torch_moe_ep.report import read_run
 
@@ -57,7 +58,7 @@ def test_patch_your_model_is_short() -> None:
 def test_pretrain_few_steps_writes_every_result(tmp_path: Path) -> None:
     """Two updates on text packed before end with every file that README names."""
     packing = ["--output", str(tmp_path / "packed"), "--source", "manual"]
-    assert prepare_data.main([*packing, "--vocab_size=384", "--block_size=32"]) == 0
+    assert prepare_data([*packing, "--vocab_size=384", "--block_size=32"]) == 0
     _torchrun(
         2,
         "-m",

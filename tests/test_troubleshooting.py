@@ -23,6 +23,8 @@ SHORT = {  # on the page, with too few words of their own to be searched for
     "\0 must be \0, got \0.": "... must be ..., got",
     "\0 is not JSON: \0": "... is not JSON",
     "the \0 failed; ": "the ... failed;",
+    "z\0rows\0 must be \0 [\0, \0], got \0 ": "... must be ... [..., ...], got",
+    " must be \0 [\0, \0], got \0 ": "... must be ... [..., ...], got",
 }
 
 

@@ -1,1 +1,1 @@
-"""Launching the training scripts: torchrun, Slurm, SageMaker. README.md says which and how."""
+"""Launching the training scripts: torchrun, Slurm, SageMaker. docs/launch.md says which and how."""

@@ -5,8 +5,8 @@
         --output s3://BUCKET/runs --instance_type ml.p4d.24xlarge --instance_count 2
 
 `--data` is what `examples.prepare_data` wrote, copied to S3. The image is a stock PyTorch training
-container with torch 2.11 or newer. `--dry_run 1` prints what would be asked for. README.md beside
-this file says why the settings are what they are.
+container with torch 2.11 or newer. `--dry_run 1` prints what would be asked for. docs/launch.md
+says why the settings are what they are.
 """
 
 import argparse
