@@ -83,3 +83,10 @@ def test_hooks_that_cannot_be_used_are_said_to(monkeypatch):
     monkeypatch.setattr(info, "why_hooks_unusable", lambda _path: "were built for another Python")
     lines = info.as_text(info.collect()).splitlines()
     assert "hooks          no: were built for another Python" in lines
+
+
+def test_models_are_listed_with_verdict_and_reason(capsys):
+    info.main(["--models"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["mixtral", "MixtralExperts", "yes"] for line in lines)
+    assert any("GptOssExperts" in line and "no: expert biases" in line for line in lines)

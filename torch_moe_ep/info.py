@@ -1,7 +1,8 @@
 """Says what is installed, how it was built, and what this machine can use of it.
 
 ``python -m torch_moe_ep.info`` prints it for people, ``--json`` for programs. It works with a
-library that does not load, too, and says why.
+library that does not load, too, and says why. ``--models`` lists the experts classes of the
+installed transformers instead: which can be made expert-parallel, and why the others cannot.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch_moe_ep._build_info import (
     why_hooks_unusable,
     why_unusable,
 )
+from torch_moe_ep.integrations.families import ExpertsClass, find_experts_classes
 
 PACKAGES = ("torch_moe_ep", "torch", "transformers", "accelerate", "safetensors", "numpy")
 NO_LIBRARY = "there is no library for this torch"
@@ -240,11 +242,26 @@ def as_text(info: Info) -> str:
     return "\n".join(lines)
 
 
+def models_as_text(classes: Sequence[ExpertsClass]) -> str:
+    """Returns the list of experts classes for people."""
+    lines = []
+    for known in classes:
+        verdict = f"no: {known.misfit}" if known.misfit else "yes"
+        lines.append(f"{known.model_type:<22} {known.name:<32} {verdict}")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the report."""
+    """Prints the report, or the list of models."""
     parser = argparse.ArgumentParser(prog="python -m torch_moe_ep.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--models", action="store_true", help="experts classes of transformers")
     arguments = parser.parse_args(argv)
+    if arguments.models:
+        classes = find_experts_classes()
+        rows = [known._asdict() for known in classes]
+        print(json.dumps(rows, indent=2) if arguments.json else models_as_text(classes))
+        return
     info = collect()
     print(json.dumps(asdict(info), indent=2) if arguments.json else as_text(info))
 

@@ -12,12 +12,19 @@ later (absent means concatenated); ``has_post_expert_norm`` and ``_is_expert_par
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+# Classes of Mixtral's shape whose block does not call them in every forward.
+_CONDITIONAL = {
+    "Ernie4_5_VLMoeMoeExperts": "batches without images skip its vision experts, so ranks with "
+    "and without images would wait for each other",
+}
 
 
 def find_experts(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
@@ -35,14 +42,25 @@ def find_experts(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     fits: dict[str, nn.Module] = {}
     misfits: list[str] = []
     for name, module in model.named_modules():
-        if not {"gate_up_proj", "down_proj"} <= _weight_names(module):
+        if not _is_fused(module):
             continue
-        reason = _misfit(module)
+        reason = misfit_of(module)
         if reason is None:
             fits[name] = module
         else:
             misfits.append(f"{name} ({type(module).__name__}): {reason}")
     return fits, misfits
+
+
+def name_foreign_experts(model: nn.Module) -> str | None:
+    """Name the first module that is experts of another shape, by its class, or None.
+
+    Not collective.
+    """
+    for name, module in model.named_modules():
+        if re.search(r"Experts?$|Experts?GLU$|SparseMLP$", type(module).__name__):
+            return f"{name} ({type(module).__name__})"
+    return None
 
 
 def find_routers(
@@ -137,11 +155,19 @@ def initializer_range(model: nn.Module) -> float:
     return float(getattr(text_config, "initializer_range", 0.02))
 
 
-def _weight_names(module: nn.Module) -> set[str]:
-    return {*module._parameters, *getattr(module, "parametrizations", {})}
+def _is_fused(module: nn.Module) -> bool:
+    names = {*module._parameters, *getattr(module, "parametrizations", {})}
+    return {"gate_up_proj", "down_proj"} <= names
 
 
-def _misfit(module: nn.Module) -> str | None:
+def misfit_of(module: nn.Module) -> str | None:
+    """Why an experts module cannot be made expert-parallel, one sentence; None where it can.
+
+    Not collective. Runs the activation once on nine CPU numbers.
+    """
+    if not _is_fused(module):
+        names = sorted(name for name, _ in module.named_parameters())
+        return f"it holds {', '.join(names[:3])} instead of fused gate_up_proj and down_proj"
     checks: tuple[Callable[[nn.Module], str | None], ...] = (
         _interface_misfit,
         _shape_misfit,
@@ -155,8 +181,14 @@ def _misfit(module: nn.Module) -> str | None:
 
 
 def _interface_misfit(module: nn.Module) -> str | None:
+    for known in type(module).__mro__:
+        if known.__name__ in _CONDITIONAL:
+            return _CONDITIONAL[known.__name__]
     if not hasattr(module, "has_gate"):
-        return "it has no has_gate, so it is not an experts class of transformers 5.6 or newer"
+        return (
+            "its class is none of the interchangeable experts of transformers 5.6 or newer (it has "
+            "no has_gate), so what it computes is unknown"
+        )
     wanted: dict[str, tuple[bool, str]] = {
         "has_gate": (True, "experts without a gate"),
         "has_bias": (False, "expert biases"),

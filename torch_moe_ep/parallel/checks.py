@@ -170,6 +170,13 @@ def _experts_misfit(
             f"Mixtral-shaped experts can be made expert-parallel, leave this model as it is."
         )
     if not experts:
+        foreign = hf.name_foreign_experts(request.model)
+        if foreign is not None:
+            return (
+                f"{foreign} holds experts of another shape than Mixtral's (fused gate_up_proj "
+                f"[E, 2I, H] and down_proj [E, H, I]); leave this model as it is, `python -m "
+                f"torch_moe_ep.info --models` lists those that fit."
+            )
         return (
             "no experts module was found: a Hugging Face mixture-of-experts model of transformers "
             "5.6 or newer with fused gate_up_proj and down_proj is needed."
