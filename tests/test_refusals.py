@@ -92,7 +92,7 @@ def parametrise(model: nn.Module) -> None:
 
 
 def adapt(model: nn.Module) -> None:
-    wrapper = type("ParamWrapper", (nn.Module,), {"__module__": "peft.tuners.lora.layer"})()
+    wrapper = type("LohaWrapper", (nn.Module,), {"__module__": "peft.tuners.loha.layer"})()
     wrapper.base_layer = experts_of(model)
     model.model.layers[1].mlp.experts = wrapper
 
@@ -130,7 +130,7 @@ MODELS = {
     "native_config": (configure_native, "distributed_config"),
     "quantised": (configure_quantised, "quantization_config"),
     "parametrised": (parametrise, "parametrization"),
-    "peft": (adapt, "get_peft_model"),
+    "peft": (adapt, "an adapter other than LoRA"),
     "fsdp2": (shard_with_fsdp2, r"FSDP was applied before.*call apply_expert_parallel first"),
     "fsdp1": (wrap_with_fsdp1, r"FSDP was applied before.*call apply_expert_parallel first"),
     "ddp": (wrap_with_ddp, r"DistributedDataParallel was applied before"),

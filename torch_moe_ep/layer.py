@@ -1,6 +1,6 @@
 """The expert-parallel experts module: plan, dispatch, expert_mlp, combine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,8 @@ class ExpertParallelExperts(nn.Module):
         layer_name: what process-group hooks call the module.
         bytes_between_nodes: int64 ``[2]`` on the CPU, with the hierarchical transport: bytes of
             rows, and of expert ids and router weights, that this rank sent to other nodes.
+        adapters: weight name to PEFT's wrappers around this module, which add LoRA to it.
+        adapter_layers: the modules that hold the wrappers' factors.
     The tensors are plain tensors, not buffers: they enter no state dict and no broadcast.
     """
 
@@ -43,6 +45,8 @@ class ExpertParallelExperts(nn.Module):
     invalid_flag: torch.Tensor
     bytes_between_nodes: torch.Tensor
     layer_name: str = ""
+    adapters: dict[str, list[Any]]
+    adapter_layers: list[nn.Module]
 
     def setup_expert_parallel(
         self,
@@ -74,6 +78,17 @@ class ExpertParallelExperts(nn.Module):
         self.bytes_between_nodes = torch.zeros(2, dtype=torch.int64)
         self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.invalid_flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self.adapters = {}
+        self.adapter_layers = []
+
+    def holders(self) -> list[nn.Module]:
+        """The modules that hold the experts' parameters: this one, and LoRA factors of PEFT's."""
+        return [self, *self.adapter_layers]
+
+    def held_parameters(self) -> Iterator[nn.Parameter]:
+        """The experts' weights and their LoRA factors."""
+        for holder in self.holders():
+            yield from holder.parameters(recurse=False)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -200,4 +215,8 @@ class ExpertParallelExperts(nn.Module):
         weight = self._parameters[name]
         assert weight is not None
         local = weight.to_local() if isinstance(weight, DTensor) else weight
-        return local if torch.is_autocast_enabled(local.device.type) else local.to(dtype)
+        if not torch.is_autocast_enabled(local.device.type):
+            local = local.to(dtype)
+        for adapter in self.adapters.get(name, ()):
+            local = adapter.add_to(local)
+        return local

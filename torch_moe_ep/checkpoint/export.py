@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch_moe_ep.checkpoint.folder import on_rank0
 from torch_moe_ep.checkpoint.hub_writer import HubConverter, HubWriter
 from torch_moe_ep.checkpoint.weights import Weight, each_tensor, find_weights, inner_model
+from torch_moe_ep.integrations.peft import has_adapters
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def export_hf(
         max_shard_bytes: several files and an index when the weights need more than this.
 
     Raises:
-        ValueError: not a transformers model, or max_shard_bytes below 1.
+        ValueError: not a transformers model, one with adapters, or max_shard_bytes below 1.
         RuntimeError: on every rank, when rank 0 could not write.
 
     Collective over all ranks (one gather and one small broadcast per weight); syncs the host.
@@ -43,6 +44,11 @@ def export_hf(
         raise ValueError(
             f"export_hf needs a transformers model, got {type(inner).__name__}; save "
             f"its state dict instead."
+        )
+    if has_adapters(inner):
+        raise ValueError(
+            "export_hf writes whole models: save the adapters with model.save_pretrained(folder), "
+            "then load them into the unpatched model and merge the adapters there."
         )
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")

@@ -13,6 +13,7 @@ from torch_moe_ep.checkpoint.folder import raise_alike
 from torch_moe_ep.checkpoint.hub_files import HubFiles, LoadReport
 from torch_moe_ep.checkpoint.hub_names import Piece, Source, find_sources
 from torch_moe_ep.checkpoint.weights import Box, Weight, each_tensor, find_weights
+from torch_moe_ep.integrations.peft import base_name, is_adapter_name
 from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_param_groups, states_of
 
 
@@ -27,6 +28,7 @@ def load_hf(model: nn.Module, folder: str | os.PathLike[str]) -> LoadReport:
 
     Args:
         model: a patched transformers model, wrapped as for training (FSDP2, FSDP1, DDP or none).
+            Of one with adapters the base model's weights are loaded.
         folder: of `save_pretrained`, of `export_hf` or a downloaded snapshot; every rank must be
             able to read it.
 
@@ -56,7 +58,7 @@ def load_hf(model: nn.Module, folder: str | os.PathLike[str]) -> LoadReport:
     try:
         try:
             files = HubFiles(Path(folder))
-            sources = find_sources(states[0].model, find_weights(model), files.headers)
+            sources = find_sources(states[0].model, _base_weights(model), files.headers)
             _check_copies(sources, files)
         except Exception as error:  # of any kind: raised on every rank
             failure = error
@@ -67,6 +69,14 @@ def load_hf(model: nn.Module, folder: str | os.PathLike[str]) -> LoadReport:
     finally:
         if files is not None:
             files.close()
+
+
+def _base_weights(model: nn.Module) -> list[Weight]:
+    """The weights by the names of the model without adapters; adapters are left out."""
+    weights = [weight for weight in find_weights(model) if not is_adapter_name(weight.names[0])]
+    for weight in weights:
+        weight.names = [base_name(name) for name in weight.names]
+    return weights
 
 
 def _load(model: nn.Module, sources: Sequence[Source], files: HubFiles) -> Exception | None:

@@ -190,7 +190,7 @@ def _plain_weights(
     """The weights that hang on their modules as themselves."""
     state_of_param: dict[int, ExpertParallelState] = {}
     for experts in iter_experts(inner):
-        for param in experts.parameters(recurse=False):
+        for param in experts.held_parameters():
             state_of_param[id(param)] = experts.__dict__["expert_parallel_state"]
     found: dict[int, Weight] = {}
     for module in inner.modules():

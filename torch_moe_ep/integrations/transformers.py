@@ -34,7 +34,8 @@ def find_experts(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
         model: any module.
 
     Returns:
-        Name to module of those that fit, in module order, and one sentence for each module that
+        Name to module of those that fit, in module order (the name is that of PEFT's outermost
+        wrapper where there is one), and one sentence for each module that
         looks like experts (it owns ``gate_up_proj`` and ``down_proj``) but does not fit.
 
     Not collective. Runs the activation once on nine CPU numbers.
@@ -44,6 +45,8 @@ def find_experts(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     for name, module in model.named_modules():
         if not _is_fused(module):
             continue
+        while name.endswith(".base_layer"):  # inside of PEFT's wrappers, which take its place
+            name = name.removesuffix(".base_layer")  # noqa: PLW2901
         reason = misfit_of(module)
         if reason is None:
             fits[name] = module
@@ -133,18 +136,6 @@ def quantised(model: nn.Module) -> str | None:
         return "model.hf_quantizer is set"
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         return "config.quantization_config is set"
-    return None
-
-
-def adapted(model: nn.Module) -> str | None:
-    """Name an experts module that a PEFT adapter took over, or None. Not collective."""
-    for name, module in model.named_modules():
-        base_layer: Any = getattr(module, "base_layer", None)
-        is_adapter = type(module).__module__.split(".")[0] == "peft"
-        if is_adapter and base_layer is not None and hasattr(base_layer, "gate_up_proj"):
-            return str(name)
-        if "parametrizations" in module._modules and hasattr(module, "gate_up_proj"):
-            return str(name)
     return None
 
 

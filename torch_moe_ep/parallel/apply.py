@@ -7,9 +7,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 from torch_moe_ep.config import MoEConfig
+from torch_moe_ep.integrations import peft
 from torch_moe_ep.integrations.transformers import find_routers
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.memory.fingerprint import watch_routing
+from torch_moe_ep.parallel.adapters import keep_peft_layout_on_disk, swap_adapters
 from torch_moe_ep.parallel.checks import Request, check_request
 from torch_moe_ep.parallel.forward import wrap_forward
 from torch_moe_ep.parallel.fsdp1 import ignore_in_ddp, mark_experts
@@ -81,8 +83,9 @@ def apply_expert_parallel(
 
 def _patch(request: Request, found: dict[str, nn.Module]) -> None:
     """Swap and shard the experts found, then hook into what runs the model."""
+    inner = peft.base_model(request.model)
     state = ExpertParallelState(
-        model=request.model,
+        model=inner,
         mesh=request.mesh,
         experts={},
         ranks_per_node=ranks_per_node(request.config, request.mesh["ep"].size()),
@@ -92,6 +95,8 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
         assert isinstance(module, ExpertParallelExperts)
         module.layer_name = name
         state.experts[name] = module
+        wrappers = peft.wrappers_of(inner, name)
+        swap_adapters(module, wrappers, state, request.sync_from_rank0)
         track(state)
         # Before the next layer's: no rank holds more than one layer of its EP rank's experts whole.
         shard_experts(
@@ -109,10 +114,14 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
     if request.config.global_token_shuffle:
         _shuffle_blocks(state, request.config.seed)
     for name, experts in state.experts.items():
-        mark_experts(experts)
-        register_state_dict_hooks(experts)
+        for holder in experts.holders():
+            mark_experts(holder)
+            register_state_dict_hooks(holder)
         watch_routing(name, experts)
-    ignore_in_ddp(state)
+    for model in {id(m): m for m in (inner, request.model)}.values():
+        ignore_in_ddp(model)
+    if peft.is_peft_model(request.model):
+        keep_peft_layout_on_disk(request.model)
     wrap_forward(state)
     register_step_hooks()
     register_stock_clip_handlers()
@@ -120,7 +129,7 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
 
 def _swap_routers(state: ExpertParallelState, request: Request) -> None:
     follow_grad_scaler()
-    routers, _ = find_routers(request.model, dict(state.experts))
+    routers, _ = find_routers(state.model, dict(state.experts))
     for (name, router), experts in zip(routers.items(), state.experts.values(), strict=True):
         num_experts = experts.num_global_experts
         state.routers[name] = swap_router(router, request.config, num_experts, state.device)

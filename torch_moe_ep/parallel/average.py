@@ -48,7 +48,7 @@ def _dense_parameters(model: nn.Module) -> list[nn.Parameter]:
             "average_gradients is for models without a wrapper: FSDP and DDP average dense "
             "gradients themselves; remove the call."
         )
-    expert_ids = {id(p) for experts in iter_experts(model) for p in experts.parameters()}
+    expert_ids = {id(p) for experts in iter_experts(model) for p in experts.held_parameters()}
     params = [p for p in model.parameters() if p.requires_grad and id(p) not in expert_ids]
     if any(isinstance(p, DTensor) for p in params):
         raise ValueError(

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_moe_ep.config import MoEConfig
 from torch_moe_ep.gather import shared_reason
+from torch_moe_ep.integrations import peft
 from torch_moe_ep.integrations import transformers as hf
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.parallel.agreement import agree, first_difference
@@ -68,7 +69,7 @@ def check_request(request: Request) -> dict[str, nn.Module]:
     experts: dict[str, nn.Module] = {}
     reason = _argument_misfit(request) or _model_misfit(request.model)
     if reason is None:
-        experts, misfits = hf.find_experts(request.model)
+        experts, misfits = hf.find_experts(peft.base_model(request.model))
         reason = _experts_misfit(request, experts, misfits)
     note = {
         "reason": reason,
@@ -132,12 +133,11 @@ def _model_misfit(model: nn.Module) -> str | None:
     sign = hf.quantised(model)
     if sign is not None:
         return f"quantised models are not supported ({sign}); load the model unquantised."
-    name = hf.adapted(model)
+    name = peft.foreign_adapter(model)
     if name is not None:
         return (
-            f"a PEFT adapter or a parametrization holds the expert weights at {name}; give "
-            f"adapters target_modules outside of the experts, then call get_peft_model before "
-            f"apply_expert_parallel."
+            f"an adapter other than LoRA, or a parametrization, holds the expert weights at "
+            f"{name}; use LoRA with target_parameters for experts, or adapters outside of them."
         )
     if _is_true(os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "")):
         return (
@@ -193,6 +193,7 @@ def _experts_misfit(
         _uniform_misfit,
         _device_misfit,
         _router_misfit,
+        _adapter_misfit,
     )
     for check in checks:
         reason = check(request, experts)
@@ -246,13 +247,17 @@ def _device_misfit(request: Request, experts: dict[str, nn.Module]) -> str | Non
 def _router_misfit(request: Request, experts: dict[str, nn.Module]) -> str | None:
     if not request.config.changes_router:
         return None
-    _, misfits = hf.find_routers(request.model, experts)
+    _, misfits = hf.find_routers(peft.base_model(request.model), experts)
     if misfits:
         return (
             f"{misfits[0]}, so routing, router_dtype, z_loss_coeff and capacity_factor must stay "
             f"at their defaults for this model."
         )
     return None
+
+
+def _adapter_misfit(request: Request, experts: dict[str, nn.Module]) -> str | None:
+    return peft.adapter_misfit(request.model, experts)
 
 
 def _weights(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -276,6 +281,7 @@ def _settings(request: Request, experts: dict[str, nn.Module]) -> dict[str, str]
     }
     for field in fields(request.config):
         settings[f"MoEConfig.{field.name}"] = repr(getattr(request.config, field.name))
+    settings |= peft.adapter_settings(peft.base_model(request.model), experts)
     for name, module in experts.items():
         for key, param in zip(("gate_up_proj", "down_proj"), _weights(module), strict=True):
             settings[f"the shape of {name}.{key}"] = str(tuple(param.shape))

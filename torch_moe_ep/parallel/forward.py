@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_moe_ep.integrations.peft import dense_wrapper
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.ops.main_grad import WITH_FSDP
 from torch_moe_ep.parallel import order
@@ -97,6 +98,7 @@ def _start(state: ExpertParallelState) -> None:
     """Guard, hidden root and prefetch lists, at the first forward. Local, no traffic."""
     _check_dense_world(state)
     _check_experts(state)
+    _check_adapters(state)
     experts = list(state.experts.values())
     roots = [fsdp_state(module)._is_root for module in experts]
     if all(is_root is None for is_root in roots) and not state.fsdp2_modules():
@@ -178,9 +180,22 @@ def _check_dense_world(state: ExpertParallelState) -> None:
             )
 
 
+def _check_adapters(state: ExpertParallelState) -> None:
+    """PEFT parametrizes such a weight in each forward, which FSDP1's views do not allow."""
+    name = dense_wrapper(state.model) if state.fsdp1_modules() else None
+    if name is not None:
+        raise ValueError(
+            f"PEFT's target_parameters do not work under FSDP1 but on experts ({name}); use FSDP2, "
+            f"or leave this weight out of target_parameters."
+        )
+
+
 def _check_experts(state: ExpertParallelState) -> None:
     for name, module in state.experts.items():
-        for key, param in module.named_parameters(recurse=False):
+        named = [item for holder in module.holders() for item in holder._parameters.items()]
+        for key, param in named:
+            if param is None:
+                continue
             if getattr(param, "main_grad", None) is not None:
                 raise ValueError(f"{name}.{key} {WITH_FSDP}.")
             if param.is_meta:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 
-from torch_moe_ep.parallel.state import ExpertParallelState, iter_experts
+from torch_moe_ep.parallel.state import iter_experts
 
 
 def mark_experts(experts: nn.Module) -> None:
@@ -20,10 +20,10 @@ def mark_experts(experts: nn.Module) -> None:
     registry.setdefault("replicate", RegistryItem())
 
 
-def ignore_in_ddp(state: ExpertParallelState) -> None:
+def ignore_in_ddp(model: nn.Module) -> None:
     """Put the experts' parameters on the model's DistributedDataParallel ignore list."""
-    given = list(getattr(state.model, "_ddp_params_and_buffers_to_ignore", []))
-    state.model.__dict__["_ddp_params_and_buffers_to_ignore"] = _ExpertNames(state.model, given)
+    given = list(model.__dict__.get("_ddp_params_and_buffers_to_ignore", []))
+    model.__dict__["_ddp_params_and_buffers_to_ignore"] = _ExpertNames(model, given)
 
 
 class _ExpertNames:
@@ -38,7 +38,7 @@ class _ExpertNames:
 
     def __iter__(self) -> Iterator[str]:
         yield from self._given
-        experts = {id(module) for module in iter_experts(self._model)}
+        experts = {id(m) for module in iter_experts(self._model) for m in module.holders()}
         for module_name, module in self._model.named_modules():
             if id(module) in experts:
                 for name, _ in module.named_parameters(recurse=False):

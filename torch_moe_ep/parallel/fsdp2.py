@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.adapters import as_children
 from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_state, is_fsdp2
 from torch_moe_ep.parallel.swap import shard_dim
 
@@ -102,16 +103,17 @@ def shard_experts(
 
     if mp_policy == "inherit":
         mp_policy = InheritedMixedPrecision.inherit(experts)
-    fully_shard(
-        experts,
-        mesh=data_mesh,
-        reshard_after_forward=reshard_after_forward,
-        shard_placement_fn=placement,
-        mp_policy=mp_policy if isinstance(mp_policy, MixedPrecisionPolicy) else
-        MixedPrecisionPolicy(),
-        offload_policy=offload_policy if isinstance(offload_policy, OffloadPolicy) else
-        OffloadPolicy(),
-    )  # fmt: skip
+    with as_children(experts):
+        fully_shard(
+            experts,
+            mesh=data_mesh,
+            reshard_after_forward=reshard_after_forward,
+            shard_placement_fn=placement,
+            mp_policy=mp_policy if isinstance(mp_policy, MixedPrecisionPolicy) else
+            MixedPrecisionPolicy(),
+            offload_policy=offload_policy if isinstance(offload_policy, OffloadPolicy) else
+            OffloadPolicy(),
+        )  # fmt: skip
 
 
 def inherited_dtypes(experts: nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:

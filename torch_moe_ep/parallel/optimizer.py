@@ -112,7 +112,7 @@ def _stepped_states(optimizer: Optimizer) -> list[ExpertParallelState]:
         if any(
             id(param) in stepped
             for experts in state.experts.values()
-            for param in experts.parameters(recurse=False)
+            for param in experts.held_parameters()
         )
     ]
 

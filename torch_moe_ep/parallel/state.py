@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_moe_ep.integrations.peft import ORDER, is_peft_module
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.routing.router import RoutedRouter
 
@@ -111,7 +112,8 @@ def track(state: ExpertParallelState) -> None:
     _register_wrapper_hook()
     _LIVE.add(state)
     for experts in state.experts.values():
-        experts.__dict__["expert_parallel_state"] = state
+        for holder in experts.holders():
+            holder.__dict__["expert_parallel_state"] = state
 
 
 def live_states() -> list[ExpertParallelState]:
@@ -155,12 +157,18 @@ def _register_wrapper_hook() -> None:
         _is_wrapper_hook_registered = True
 
 
-def _note_wrapper(module: nn.Module, _name: str, submodule: nn.Module | None) -> None:
+def _note_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     """Called by torch for every submodule assignment; remembers wrappers of patched models.
+
+    PEFT's tuners, which would wrap patched experts with factors of their own, are refused.
 
     A wrapper outside the model (FSDP1 without auto wrap, DDP) cannot be found from inside it.
     """
-    if isinstance(module, _WRAPPERS) and isinstance(submodule, nn.Module):
+    if not isinstance(submodule, nn.Module):
+        return
+    if name not in module._modules and is_peft_module(module) and states_of(submodule):
+        raise ValueError(f"the model is expert-parallel already: {ORDER}")
+    if isinstance(module, _WRAPPERS):
         for state in states_of(submodule):
             if state.is_started and isinstance(module, FullyShardedDataParallel):
                 raise ValueError(

@@ -14,11 +14,11 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, StateDi
 from torch.distributed.tensor import DTensor
 
 from torch_moe_ep.parallel.state import ExpertParallelState
-from torch_moe_ep.parallel.swap import WEIGHT_NAMES, local_slice
+from torch_moe_ep.parallel.swap import local_slice
 
 
 def register_state_dict_hooks(experts: nn.Module) -> None:
-    """Register the save and load hooks on one experts module."""
+    """Register the save and load hooks on one experts module, or on a LoRA factor of it."""
     experts.register_state_dict_post_hook(_gather_for_fsdp1)
     experts.register_load_state_dict_pre_hook(_slice_plain)
 
@@ -32,7 +32,7 @@ def _gather_for_fsdp1(
         return
     config = wrapper._state_dict_config
     is_wanted = not getattr(config, "rank0_only", False) or wrapper.rank == 0
-    for name in WEIGHT_NAMES:
+    for name in list(module._parameters):
         key = prefix + name
         value = state_dict.get(key)
         if not isinstance(value, DTensor):
@@ -65,7 +65,7 @@ def _slice_plain(
     if isinstance(module, FSDPModule):
         module.reshard()
     state: ExpertParallelState = module.__dict__["expert_parallel_state"]
-    for name in WEIGHT_NAMES:
+    for name in list(module._parameters):
         value, param = state_dict.get(prefix + name), module._parameters[name]
         if not isinstance(value, torch.Tensor) or not isinstance(param, DTensor):
             continue

@@ -41,7 +41,7 @@ def swap_experts(
     ep_mesh = state.mesh["ep"]
     num_experts = _weight(module, WEIGHT_NAMES[0]).shape[0]
     for name in WEIGHT_NAMES:
-        module._parameters[name] = _shard_weight(_weight(module, name), state, sync_from_rank0)
+        module._parameters[name] = shard_weight(_weight(module, name), state, sync_from_rank0)
     module.__class__ = expert_parallel_class(type(module))
     assert isinstance(module, ExpertParallelExperts)
     module.setup_expert_parallel(
@@ -135,9 +135,18 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
     return param
 
 
-def _shard_weight(
+def shard_weight(
     param: nn.Parameter, state: ExpertParallelState, sync_from_rank0: bool
 ) -> nn.Parameter:
+    """This EP rank's experts of a whole weight ``[E, a, b]``, as a DTensor on the mesh's device.
+
+    Args:
+        param: the whole weight, on any device or meta.
+        state: the model's state; gives mesh and device.
+        sync_from_rank0: take global rank 0's weight.
+
+    Copies the slice. Collective over all ranks with `sync_from_rank0`, else local.
+    """
     mesh = state.mesh["ep"]
     if sync_from_rank0:
         local = _from_rank0(param, state.device, mesh.get_local_rank(), mesh.size())

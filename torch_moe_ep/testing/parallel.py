@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_moe_ep.checkpoint import weights
+from torch_moe_ep.integrations.peft import base_model
 
 FSDP1_STRATEGIES = {
     "fsdp1": ShardingStrategy.FULL_SHARD,
@@ -85,8 +86,8 @@ def halves(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of a Hugging Face causal language model."""
-    layers = model.get_submodule("model.layers")
+    """The decoder layers of a Hugging Face causal language model, also inside of a PeftModel."""
+    layers = base_model(model).get_submodule("model.layers")
     assert isinstance(layers, nn.ModuleList)
     return list(layers)
 
