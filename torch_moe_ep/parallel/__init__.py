@@ -4,10 +4,12 @@ Ranks form a grid ``(replicate, shard, ep)``. `apply_expert_parallel` (apply.py)
 
     checks.py     every rank looks for a misfit; all raise alike, before anything is changed
     swap.py       each experts module keeps its class as base, its weights become this rank's slice
+    adapters.py   LoRA factors around them likewise
     fsdp2.py      the experts shard themselves over (replicate, shard); late mixed-precision policy
     fsdp1.py      the mark that keeps FSDP1 and DDP away from the experts
     state_dict.py hooks: full tensors in and out of an FSDP1 full state dict
     forward.py    what happens at the model's first forward: guard, hidden root, prefetch lists
+    masters.py    fp32 masters where accelerate upcasts the dense parameters
     order.py      tells process-group hooks when a forward begins and of which kind it is
     batch_check.py  a warning when EP partners train on the same batch
 

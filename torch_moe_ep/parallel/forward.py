@@ -24,7 +24,6 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_moe_ep.integrations.peft import dense_wrapper
@@ -32,6 +31,7 @@ from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.ops.main_grad import WITH_FSDP
 from torch_moe_ep.parallel import order
 from torch_moe_ep.parallel.batch_check import warn_of_equal_batches
+from torch_moe_ep.parallel.masters import settle_masters
 from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_param_groups, fsdp_state
 
 
@@ -97,6 +97,7 @@ def _synced_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
 def _start(state: ExpertParallelState) -> None:
     """Guard, hidden root and prefetch lists, at the first forward. Local, no traffic."""
     _check_dense_world(state)
+    settle_masters(state)
     _check_experts(state)
     _check_adapters(state)
     experts = list(state.experts.values())
@@ -202,10 +203,4 @@ def _check_experts(state: ExpertParallelState) -> None:
                 raise ValueError(
                     f"{name}.{key} is on the meta device; call model.to_empty(device=...) and load "
                     f"weights, or torch_moe_ep.parallel.initialize_experts(model)."
-                )
-            if isinstance(param, DTensor) and param.dtype != param.to_local().dtype:
-                raise ValueError(
-                    f"{name}.{key} says {param.dtype} but holds {param.to_local().dtype}: its data "
-                    f"was cast from outside (accelerate upcasts so); load the model in "
-                    f"{param.dtype} before apply_expert_parallel."
                 )
