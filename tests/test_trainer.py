@@ -17,6 +17,7 @@ from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
 from torch_moe_ep.integrations.trainer import ExpertLoadCallback, log_expert_load
 from torch_moe_ep.parallel.state import iter_experts
 from torch_moe_ep.testing import relative_error, tiny_mixtral
+from torch_moe_ep.testing.parallel import full_parameters
 
 TOLERANCE = 1e-5
 
@@ -35,12 +36,16 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     evaluation = trainer.evaluate()["eval_loss"]
-    save_whole(trainer, f"{folder}/final")
+    if version == 2:
+        save_whole(trainer, f"{folder}/final")
+        weights = load_file(f"{folder}/final/model.safetensors")
+    else:  # FSDP1's full state dict, plain models' too, is of a freed storage on the CPU
+        weights = full_parameters(trainer.model)
     return {
         "loss": torch.tensor([step["loss"] for step in steps]),
         "norm": torch.tensor([float(step["grad_norm"]) for step in steps]),
         "eval": torch.tensor(evaluation),
-        "weights": load_file(f"{folder}/final/model.safetensors"),
+        "weights": weights,
         "logs": steps,
     }
 
@@ -68,8 +73,9 @@ def check_trainer(folder: str, version: int) -> None:
 @pytest.mark.parametrize("version", [2, 1])
 def test_trainer_equals_itself_on_the_unpatched_model(ranks, tmp_path, version):
     ranks(2).run(check_trainer, str(tmp_path), version, timeout_s=180)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ep2" / "final")
-    assert type(model).__name__ == "MixtralForCausalLM"
+    if version == 2:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "ep2" / "final")
+        assert type(model).__name__ == "MixtralForCausalLM"
 
 
 def check_masters(folder: str, version: int) -> None:
