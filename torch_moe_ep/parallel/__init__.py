@@ -8,6 +8,7 @@ Ranks form a grid ``(replicate, shard, ep)``. `apply_expert_parallel` (apply.py)
     fsdp2.py      the experts shard themselves over (replicate, shard); late mixed-precision policy
     fsdp1.py      the mark that keeps FSDP1 and DDP away from the experts
     state_dict.py hooks: full tensors in and out of an FSDP1 full state dict
+    save_pretrained.py  whole tensors out of the model's save_pretrained
     forward.py    what happens at the model's first forward: guard, hidden root, prefetch lists
     masters.py    fp32 masters where accelerate upcasts the dense parameters
     order.py      tells process-group hooks when a forward begins and of which kind it is

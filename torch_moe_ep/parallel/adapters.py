@@ -121,41 +121,6 @@ class _LoadHook:
             state_dict[prefix + "weight"] = peft.to_expert_major(value, self._num_experts, is_b)
 
 
-def keep_peft_layout_on_disk(model: nn.Module) -> None:
-    """Make a PeftModel's `save_pretrained` write what PEFT reads, gathering what it has to.
-
-    It is then collective over all ranks, and rank 0 writes unless `is_main_process` says who does.
-    """
-    save: Any = model.save_pretrained
-
-    def run(save_directory: str, *args: Any, **kwargs: Any) -> Any:
-        given = kwargs.pop("state_dict", None)
-        whole = _whole_adapters(model, model.state_dict() if given is None else given)
-        rank = torch.distributed.get_rank()
-        kwargs.setdefault("is_main_process", rank == 0)
-        return save(save_directory, *args, state_dict=whole, **kwargs)
-
-    model.__dict__["save_pretrained"] = run
-
-
-def _whole_adapters(model: nn.Module, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with every adapter's tensor whole and in PEFT's layout. Collective."""
-    factors: dict[str, bool] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, ExpertParallelAdapter):
-            for kind in ("lora_A", "lora_B"):
-                for key in getattr(module, kind):
-                    factors[f"{name}.{kind}.{key}.weight"] = kind == "lora_B"
-    trained = {name for name, param in model.named_parameters() if param.requires_grad}
-    whole: dict[str, Any] = {}
-    for key, value in state_dict.items():
-        if isinstance(value, DTensor) and (".lora_" in key or key in trained):
-            value = value.full_tensor().cpu()  # noqa: PLW2901
-        is_expert_major = key in factors and value.dim() == 3
-        whole[key] = peft.to_peft_layout(value, factors[key]) if is_expert_major else value
-    return whole
-
-
 def _adapter_class(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _classes:
         fields = {"__doc__": base.__doc__, "__module__": base.__module__}

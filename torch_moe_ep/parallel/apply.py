@@ -11,13 +11,14 @@ from torch_moe_ep.integrations import peft
 from torch_moe_ep.integrations.transformers import find_routers
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.memory.fingerprint import watch_routing
-from torch_moe_ep.parallel.adapters import keep_peft_layout_on_disk, swap_adapters
+from torch_moe_ep.parallel.adapters import swap_adapters
 from torch_moe_ep.parallel.checks import Request, check_request
 from torch_moe_ep.parallel.forward import wrap_forward
 from torch_moe_ep.parallel.fsdp1 import ignore_in_ddp, mark_experts
 from torch_moe_ep.parallel.fsdp2 import shard_experts
 from torch_moe_ep.parallel.nodes import ranks_per_node
 from torch_moe_ep.parallel.optimizer import register_step_hooks
+from torch_moe_ep.parallel.save_pretrained import gather_adapters_on_save, gather_on_save
 from torch_moe_ep.parallel.state import ExpertParallelState, track
 from torch_moe_ep.parallel.state_dict import register_state_dict_hooks
 from torch_moe_ep.parallel.stock_clip import register_stock_clip_handlers
@@ -121,7 +122,9 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
     for model in {id(m): m for m in (inner, request.model)}.values():
         ignore_in_ddp(model)
     if peft.is_peft_model(request.model):
-        keep_peft_layout_on_disk(request.model)
+        gather_adapters_on_save(request.model)
+    else:
+        gather_on_save(inner)
     wrap_forward(state)
     register_step_hooks()
     register_stock_clip_handlers()
