@@ -94,6 +94,11 @@ def train_under_ddp(folder: str, ep: int | None) -> tuple[list[float], dict[str,
         apply_expert_parallel(model, init_device_mesh("cpu", ep))
     trainer = make_trainer(model, arguments)
     trainer.train()
+    trainer.save_model(f"{folder}/model-{ep}")
+    if ep is not None:
+        with pytest.raises(ValueError, match="without FSDP Trainer saves one rank's experts"):
+            trainer._save_checkpoint(trainer.model, None)
+    dist.barrier()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     figures = [float(entry[key]) for entry in entries for key in ("loss", "grad_norm")]
     return figures, full_parameters(model)
@@ -104,6 +109,8 @@ def check_ddp(folder: str) -> None:
     found, params = train_under_ddp(folder, 2)
     assert relative_error(torch.tensor(found), torch.tensor(figures)) < TOLERANCE
     assert_close(params, weights, TOLERANCE)
+    saved = [load_file(f"{folder}/model-{ep}/model.safetensors") for ep in (2, None)]
+    assert_close(saved[0], saved[1], TOLERANCE)
 
 
 def test_trainer_under_ddp_equals_itself_on_the_unpatched_model(ranks, tmp_path):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from transformers import MixtralConfig
 
 from examples import corpus
@@ -78,6 +80,36 @@ def test_pretrain_few_steps_writes_every_result(tmp_path: Path) -> None:
     results = {path.name for path in (tmp_path / "runs" / "tiny").iterdir()}
     wanted = {"loss.png", "expert_load.png", "checkpoint", "hf", "sample.txt", "tensorboard"}
     assert wanted <= results
+
+
+def test_trainer_mixtral_logs_expert_load_and_exports(tmp_path: Path) -> None:
+    """Four updates under DDP, evaluated, with the experts' load in the log."""
+    printed = _torchrun(
+        2,
+        str(ROOT / "examples/trainer_mixtral.py"),
+        "--use_cpu",
+        "--max_steps=4",
+        "--logging_steps=2",
+        "--save_strategy=no",
+        "--report_to=none",
+        "--output_dir=out",
+        "--vocab_size=512",
+        "--per_device_eval_batch_size=64",
+        cwd=tmp_path,
+    )
+    assert printed.count("'expert_imbalance'") == 2
+    assert "eval_loss" in printed
+    assert (tmp_path / "out" / "hf" / "model.safetensors").is_file()
+
+
+def test_accelerate_configuration_is_one_that_accelerate_reads() -> None:
+    """Its keys are accelerate's, and efficient loading, which would be refused, is off."""
+    path = ROOT / "examples/accelerate_fsdp2.yaml"
+    config = load_config_from_file(str(path))
+    assert config.fsdp_config["fsdp_version"] == 2
+    assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert set(config.fsdp_config) <= known
 
 
 def _losses(printed: str) -> dict[str, float]:

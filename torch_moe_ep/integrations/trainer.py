@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from torch_moe_ep import metrics
+from torch_moe_ep.integrations.trainer_methods import NO_CHECKPOINTS
 from torch_moe_ep.parallel.state import states_of
 
 
@@ -24,7 +25,8 @@ class ExpertLoadCallback(TrainerCallback):  # type: ignore[misc]  # transformers
         per_layer: log every layer's imbalance as well.
 
     Raises:
-        ValueError: when training begins, if the model is not expert-parallel.
+        ValueError: when training begins, if the model is not expert-parallel, or if Trainer would
+            save checkpoints without FSDP.
 
     Collective over all ranks at every log (Trainer logs on all of them), one host sync there.
     """
@@ -46,6 +48,9 @@ class ExpertLoadCallback(TrainerCallback):  # type: ignore[misc]  # transformers
                 "ExpertLoadCallback needs an expert-parallel model; call apply_expert_parallel "
                 "before Trainer is made."
             )
+        is_sharded = any(s.fsdp1_modules() or s.fsdp2_modules() for s in states_of(model))
+        if args.save_strategy != "no" and not is_sharded:
+            raise ValueError(NO_CHECKPOINTS)
         metrics.expert_load(model, reset=True)
 
     def on_log(
