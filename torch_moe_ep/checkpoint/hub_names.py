@@ -20,8 +20,13 @@ from torch import nn
 
 from torch_moe_ep.checkpoint.hub_files import FLOATING, ITEM_BYTES, Header
 from torch_moe_ep.checkpoint.weights import Weight
+from torch_moe_ep.integrations.transformers4 import HUB_EXPERT, Names, fused_names
 
 IGNORED = r"rotary_emb\.inv_freq"  # computed, yet in old files; transformers passes over it too
+_EXTRA = (
+    "the folder holds {}, which the model does not have; it is of another model, or config and "
+    "weights do not belong together."
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,9 @@ def _sort_keys(
     inner: nn.Module, by_name: dict[str, Weight], headers: dict[str, Header]
 ) -> tuple[_Keys, dict[str, Any]]:
     """Sort keys by the weight they go to; the number beside a key is its expert's."""
+    fused = fused_names(inner)
+    if fused:
+        return _sort_single_experts(fused, by_name, headers)
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -124,11 +132,38 @@ def _sort_keys(
     extra = [key for key in extra if not any(re.search(each, key) for each in ignored)]
     if extra:
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise ValueError(
-            f"the folder holds {extra[0]}{more}, which the model does not have; it is of another "
-            f"model, or config and weights do not belong together."
-        )
+        raise ValueError(_EXTRA.format(extra[0] + more))
     return found, {pattern: entry for entry in converters for pattern in entry.source_patterns}
+
+
+def _sort_single_experts(
+    fused: dict[str, Names], by_name: dict[str, Weight], headers: dict[str, Header]
+) -> tuple[_Keys, dict[str, Any]]:
+    """The same for transformers 4.57, whose names are the hub's, but for the fused experts."""
+    found: _Keys = defaultdict(lambda: defaultdict(list))
+    converters: dict[str, Any] = {}
+    for key in sorted(headers):
+        match = HUB_EXPERT.match(key)
+        names = None if match is None else fused.get(match[1])
+        if match is None or names is None:
+            if key not in by_name:
+                if re.search(IGNORED, key):
+                    continue
+                raise ValueError(_EXTRA.format(key))
+            found[key][None].append((key, -1))
+            continue
+        sources = (names.down,) if match[3] == names.down else (names.gate, names.up)
+        name = f"{match[1]}.{'down_proj' if len(sources) == 1 else 'gate_up_proj'}"
+        found[name][match[3]].append((key, int(match[2])))
+        converters[match[3]] = _Stacking(sources)
+    return found, converters
+
+
+@dataclass(frozen=True)
+class _Stacking:
+    """A conversion that stacks experts and joins its sources along their rows."""
+
+    source_patterns: tuple[str, ...]
 
 
 def _expert_of(renamed: str, pattern: str | None) -> int:
@@ -194,6 +229,8 @@ def _stacked_pieces(
 
 def _is_stacking(converter: Any) -> bool:
     """Whether a conversion stacks experts, and joins several sources along their rows at most."""
+    if isinstance(converter, _Stacking):
+        return True
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     stack, *join = converter.operations

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from torch_moe_ep.checkpoint.hub_files import INDEX, SINGLE
+from torch_moe_ep.integrations.transformers4 import fused_names, hub_parts
 
 _OLD_FILES = re.compile(r"model(-\d{5}(-of-\d{5})?)?\.safetensors(\.index\.json)?(\.partial)?")
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
@@ -99,6 +100,7 @@ class HubConverter:
 
     def __init__(self, inner: nn.Module, blanks: Tensors) -> None:
         self._inner = inner
+        self._fused = fused_names(inner)
         self._group_of = self._grouping(blanks)
         self._waiting: dict[str, Tensors] = {}
         self._num_missing: dict[str, int] = {}
@@ -122,6 +124,11 @@ class HubConverter:
         return self._revert({**waiting, name: tensor})
 
     def _revert(self, weights: Tensors) -> Tensors:
+        if self._fused:
+            parts: Tensors = {}
+            for name, tensor in weights.items():
+                parts.update(hub_parts(name, tensor, self._fused))
+            return parts
         from transformers.core_model_loading import revert_weight_conversion
 
         reverted: Tensors = revert_weight_conversion(self._inner, weights)

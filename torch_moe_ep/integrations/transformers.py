@@ -1,5 +1,7 @@
 """Which modules of a Hugging Face model are Mixtral-shaped experts (transformers 5.6 to 5.23).
 
+transformers 4.57 has its own file, transformers4.py.
+
 transformers 5 stores the experts of a layer fused in one module, ``gate_up_proj [E, 2I, H]``
 (gate rows first) and ``down_proj [E, H, I]``, and describes the module by attributes. The match
 goes by these, never by the model's name, and a module that has the two weights but differs in
@@ -19,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from torch_moe_ep.integrations.transformers4 import find_blocks
 
 # Classes of Mixtral's shape whose block does not call them in every forward.
 _CONDITIONAL = {
@@ -52,7 +56,16 @@ def find_experts(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
             fits[name] = module
         else:
             misfits.append(f"{name} ({type(module).__name__}): {reason}")
+    if not fits and not misfits and _version() < (5, 0):
+        return find_blocks(model)
     return fits, misfits
+
+
+def _version() -> tuple[int, int]:
+    """Of the transformers that is imported; (5, 0) where none is."""
+    version = getattr(sys.modules.get("transformers"), "__version__", "5.0")
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def name_foreign_experts(model: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch_moe_ep.config import MoEConfig
 from torch_moe_ep.integrations import peft
 from torch_moe_ep.integrations.transformers import find_routers
+from torch_moe_ep.integrations.transformers4 import FusedExperts, fuse_block
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.memory.fingerprint import watch_routing
 from torch_moe_ep.parallel.adapters import swap_adapters
@@ -91,7 +92,9 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
         experts={},
         ranks_per_node=ranks_per_node(request.config, request.mesh["ep"].size()),
     )
-    for name, module in found.items():
+    for name, proposed in found.items():
+        is_stand_in = isinstance(proposed, FusedExperts)
+        module = fuse_block(inner, name) if is_stand_in else proposed
         swap_experts(module, state, request.config, request.sync_from_rank0)
         assert isinstance(module, ExpertParallelExperts)
         module.layer_name = name
