@@ -57,7 +57,7 @@ $(STAMPS)/python:
 $(STAMPS)/requirements: requirements-dev.txt $(STAMPS)/python
 	@echo '== installing torch $(TORCH), transformers $(TRANSFORMERS) and the tools into $(VENV)'
 	@sed -e 's/^torch==.*/torch==$(TORCH)/' -e 's/^transformers==.*/transformers==$(TRANSFORMERS)/' \
-		$(if $(IS_DEFAULT),,-e 's/^tokenizers==.*/tokenizers/') requirements-dev.txt > $(VENV)/requirements.txt
+		$(if $(IS_DEFAULT),,-e 's/^tokenizers==.*/tokenizers/' -e 's/^datasets==.*/datasets/') requirements-dev.txt > $(VENV)/requirements.txt
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
 	@touch $@
 

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-ORDER = "call get_peft_model first, then apply_expert_parallel."
-
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model inside of a PeftModel; any other model as it is. Not collective."""

@@ -111,7 +111,7 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
             reshard_after_forward=request.reshard_after_forward,
         )
     for name, module in found.items():
-        for router in find_routers(request.model, {name: module})[0].values():
+        for router in find_routers(inner, {name: module})[0].values():
             state.linear_routers[name] = router
     if request.config.changes_router:
         _swap_routers(state, request)

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_moe_ep.integrations.peft import ORDER, is_peft_module
+from torch_moe_ep.integrations.peft import is_peft_module
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.routing.router import RoutedRouter
 
@@ -167,7 +167,10 @@ def _note_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -> 
     if not isinstance(submodule, nn.Module):
         return
     if name not in module._modules and is_peft_module(module) and states_of(submodule):
-        raise ValueError(f"the model is expert-parallel already: {ORDER}")
+        raise ValueError(
+            "the model is expert-parallel already: call get_peft_model first, then "
+            "apply_expert_parallel."
+        )
     if isinstance(module, _WRAPPERS):
         for state in states_of(submodule):
             if state.is_started and isinstance(module, FullyShardedDataParallel):
