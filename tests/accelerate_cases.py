@@ -30,13 +30,15 @@ def fresh_accelerate() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def training_arguments(folder: str, version: int, **fields: Any) -> TrainingArguments:
+def training_arguments(
+    folder: str, version: int, state_dict_type: str = "SHARDED_STATE_DICT", **fields: Any
+) -> TrainingArguments:
     """Four steps of SGD with two micro-batches each, clipped, under FSDP1 or FSDP2."""
     fresh_accelerate()
     fsdp_config: dict[str, Any] = {
         "version": version,
         "transformer_layer_cls_to_wrap": ["MixtralDecoderLayer"],
-        "state_dict_type": "SHARDED_STATE_DICT",
+        "state_dict_type": state_dict_type,
     }
     if version == 1:
         fsdp_config["sync_module_states"] = False  # needs a GPU
@@ -47,6 +49,7 @@ def training_arguments(folder: str, version: int, **fields: Any) -> TrainingArgu
         "max_steps": 4,
         "learning_rate": LEARNING_RATE,
         "optim": "sgd",
+        "optim_args": "momentum=0.9",
         "lr_scheduler_type": "linear",
         "max_grad_norm": 0.5,
         "logging_steps": 1,

@@ -58,21 +58,28 @@ def check_equal(found: dict[str, Any], wanted: dict[str, Any]) -> None:
         assert relative_error(found["weights"][name], tensor) < TOLERANCE, name
 
 
-def check_trainer(folder: str, version: int) -> None:
+def check_trainer(folder: str, version: int, kind: str) -> None:
     """Accumulation, clipping, saving, evaluation, export; resumed at another P."""
-    wanted = train(f"{folder}/reference", version, None)
+    kinds = {"state_dict_type": kind}
+    wanted = train(f"{folder}/reference", version, None, **kinds)
     assert (wanted["norm"] > 0.5).all()  # clipping is active
-    found = train(f"{folder}/ep2", version, 2)
+    found = train(f"{folder}/ep2", version, 2, **kinds)
     check_equal(found, wanted)
     for entry in found["logs"]:
         assert 1 <= entry["expert_imbalance_mean"] <= entry["expert_imbalance"] <= 8
         assert entry["expert_imbalance/model.layers.1.mlp.experts"] >= 1
-    check_equal(train(f"{folder}/ep1", version, 1, f"{folder}/ep2/checkpoint-2"), wanted)
+    if version == 1:  # accelerate does not bring FSDP1's momentum back: as it is, unpatched
+        wanted = train(f"{folder}/again", 1, None, f"{folder}/reference/checkpoint-2", **kinds)
+    resumed = train(f"{folder}/ep1", version, 1, f"{folder}/ep2/checkpoint-2", **kinds)
+    check_equal(resumed, wanted)
 
 
-@pytest.mark.parametrize("version", [2, 1])
-def test_trainer_equals_itself_on_the_unpatched_model(ranks, tmp_path, version):
-    ranks(2).run(check_trainer, str(tmp_path), version, timeout_s=180)
+@pytest.mark.parametrize(
+    ("version", "kind"),
+    [(2, "SHARDED_STATE_DICT"), (2, "FULL_STATE_DICT"), (1, "SHARDED_STATE_DICT")],
+)
+def test_trainer_equals_itself_on_the_unpatched_model(ranks, tmp_path, version, kind):
+    ranks(2).run(check_trainer, str(tmp_path), version, kind, timeout_s=180)
     if version == 2:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "ep2" / "final")
         assert type(model).__name__ == "MixtralForCausalLM"
@@ -105,6 +112,17 @@ def check_masters(folder: str, version: int) -> None:
 @pytest.mark.parametrize("version", [2, 1])
 def test_trap_11_12_bf16_models_get_fp32_masters(ranks, tmp_path, version):
     ranks(2).run(check_masters, str(tmp_path), version, timeout_s=120)
+
+
+def check_full_fsdp1(folder: str) -> None:
+    arguments = training_arguments(folder, 1, "FULL_STATE_DICT", max_steps=1, save_steps=1)
+    model = apply_expert_parallel(tiny_mixtral(), init_device_mesh("cpu", 2))
+    with pytest.raises(ValueError, match="one rank's shards of the experts"):
+        make_trainer(model, arguments).train()
+
+
+def test_fsdp1_full_optimizer_state_is_refused(ranks, tmp_path):
+    ranks(2).run(check_full_fsdp1, str(tmp_path))
 
 
 def check_callback(folder: str) -> None:

@@ -6,7 +6,8 @@ Without FSDP2 the dense parameters of a patched model are plain (DDP, none) or f
                            mesh of one dimension, the rest replicated. Ours are on a mesh of two,
                            and it fails; `clip_grad_norm_` answers.
     save_model             lets rank 0 save alone where there is no FSDP: all ranks export.
-    _save_checkpoint       would save rank 0's shards of the optimizer's state: refused.
+    _save_checkpoint       would save rank 0's shards of the optimizer's state there, and with
+                           FSDP1's full state dicts: refused.
 
 Other models go on to Trainer's own methods. A Trainer that lacks one of them is left as it is.
 """
@@ -78,7 +79,19 @@ def _save_model(
 def _save_checkpoint(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> None:
     if is_without_fsdp(trainer):
         raise ValueError(NO_CHECKPOINTS)
+    if _saves_full_fsdp1(trainer):
+        raise ValueError(
+            "FSDP1's full optimizer state holds one rank's shards of the experts; set "
+            'state_dict_type to "SHARDED_STATE_DICT" in fsdp_config, or take FSDP2.'
+        )
     original(trainer, *args, **kwargs)
+
+
+def _saves_full_fsdp1(trainer: Any) -> bool:
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None or getattr(plugin, "fsdp_version", 1) != 1 or not states_of(trainer.model):
+        return False
+    return "FULL" in str(plugin.state_dict_type) and not trainer.args.save_only_model
 
 
 def is_without_fsdp(trainer: Any) -> bool:
