@@ -102,6 +102,7 @@ at::Tensor ExpertGemms::rows_times_weights(GemmLayout layout,
                                            const at::Tensor& rows,
                                            const at::Tensor& weights) {
   const GroupedGemmShape shape = shape_of(layout, rows, weights, weights.size(0));
+  if (shape.rows == 0) return at::empty({0, shape.columns}, rows.options());
   const GemmKernels kernels = choose(shape, rows, weights);
   const at::Tensor right = layout == GemmLayout::kNT ? weights.transpose(1, 2) : weights;
   if (kernels == GemmKernels::kTorchGrouped) return at::_grouped_mm(rows, right, segment_ends());
