@@ -89,7 +89,7 @@ def profiled_forward(layers: int, num_chunks: int) -> list[Launch]:
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", 2)
     model = tiny_mixtral(num_hidden_layers=layers, hidden_size=256, intermediate_size=512)
-    config = MoEConfig(num_chunks=num_chunks)
+    config = MoEConfig(transport="collective", num_chunks=num_chunks)
     model = wrap(apply_expert_parallel(model.cuda(), mesh, config), "fsdp2", mesh)
     batch = {key: value.cuda() for key, value in batch_of(rank, tokens=512).items()}
     for _ in range(2):

@@ -4,17 +4,20 @@
     python -m benchmarks.transport --ranks 4    # CPU: gloo
 
 Rank 0's figures, of rows that leave it: bytes over time each way, SMs (thread blocks of the widest
-communication kernel), and the host's time for a call. Ranks that share a GPU or a CPU talk over
-sockets, so their rows are marked "not a speed" and show that everything runs. The dispatcher that
-gathers all tokens is there for its bytes: it moves P T rows where all-to-all moves T K.
+communication kernel), and the host's time for a call. The peer transport moves rows with as many
+SMs as it is told. Ranks that share a GPU or a CPU talk over sockets, so their rows are marked "not
+a speed" and show that everything runs. The dispatcher that gathers all tokens is there for its
+bytes: it moves P T rows where all-to-all moves T K.
 """
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from torch_moe_ep import ops
 from torch_moe_ep.gather_dispatch import gather_tokens, scatter_sums
 from torch_moe_ep.testing import RankPool, share_the_gpu
 
+PEER_SMS = (8, 16, 32)
+MOVING_KERNELS = ("nccl", "vdev", "push_rows", "pull_sums")
 NOT_A_SPEED = "not a speed: ranks share a device"
 
 
@@ -91,7 +96,9 @@ def exchanges_of(case: Case, device: torch.device) -> dict[str, Exchange | str]:
         tokens, _, _ = gather_tokens(x, ids, weights, case.num_experts, group)
         scatter_sums(tokens, group)
 
+    peers = peer_exchanges(case, x, ids, away, home) if device.type == "cuda" else {}
     return {
+        **peers,
         "torch_moe_ep dispatch, collective": Exchange(lambda: ops.dispatch(x, None, plan), away),
         "torch_moe_ep combine, collective": Exchange(lambda: ops.combine(rows, plan), home),
         "torch_moe_ep all-gather dispatcher, there and back": Exchange(
@@ -100,16 +107,58 @@ def exchanges_of(case: Case, device: torch.device) -> dict[str, Exchange | str]:
         "torch all_to_all_single": Exchange(
             lambda: dist.all_to_all_single(output, buffer, received, sent), away
         ),
-        "torch all_to_all_vdev": vdev_exchange(buffer, output, sent, away),
     }
 
 
-def vdev_exchange(
-    buffer: torch.Tensor, output: torch.Tensor, sent: list[int], away: int
-) -> Exchange | str:
+def vdev_exchanges_of(case: Case, device: torch.device) -> dict[str, Exchange | str]:
+    """Torch's symmetric-memory all-to-all with the same bytes, in processes of its own.
+
+    It wants another backend of symmetric memory than the peer transport, and a process has one.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    name = "torch all_to_all_vdev"
+    if device.type != "cuda":
+        return {name: "needs CUDA"}
+    ids = expert_ids("even", case.tokens, case.num_experts, case.top_k)
+    owners = ids.flatten() // (case.num_experts // world)
+    sent = owners.bincount(minlength=world).tolist()
+    buffer = torch.randn(sum(sent), case.hidden, device=device).to(torch.bfloat16)
+    away = (sum(sent) - sent[rank]) * case.hidden * buffer.element_size()
+    return {name: vdev_exchange(buffer, sent, away)}
+
+
+def peer_exchanges(
+    case: Case, x: torch.Tensor, ids: torch.Tensor, away: int, home: int
+) -> dict[str, Exchange | str]:
+    """Dispatch and combine over peer memory, by the number of SMs that move rows."""
+    group = dist.group.WORLD
+    assert group is not None
+    found: dict[str, Exchange | str] = {}
+    for num_sms in PEER_SMS:
+        name = f"peer, {num_sms} SMs"
+        try:
+            plan = ops.peer_plan(
+                ids, case.num_experts, group_name=group.group_name, num_sms=num_sms
+            )
+            rows, _ = ops.peer_dispatch(x, None, plan)
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            found[f"torch_moe_ep {name}"] = str(error).strip().splitlines()[0][:200]
+            continue
+        found[f"torch_moe_ep dispatch, {name}"] = Exchange(
+            partial(ops.peer_dispatch, x, None, plan), away
+        )
+        found[f"torch_moe_ep dispatch, {name}, rows left in the buffer"] = Exchange(
+            partial(ops.peer_dispatch, x, None, plan, keep=False), away
+        )
+        found[f"torch_moe_ep combine, {name}"] = Exchange(
+            partial(ops.peer_combine, rows, plan), home
+        )
+    return found
+
+
+def vdev_exchange(buffer: torch.Tensor, sent: list[int], away: int) -> Exchange | str:
     """Torch's symmetric-memory all-to-all with splits on the device; it is NVSHMEM's."""
-    if buffer.device.type != "cuda":
-        return "needs CUDA"
     from torch.distributed import _symmetric_memory as symmetric
 
     if not symmetric.is_nvshmem_available():
@@ -120,7 +169,7 @@ def vdev_exchange(
         symmetric.set_backend("NVSHMEM")
         world = dist.get_world_size()
         # Room for every rank's rows: the operator writes what comes.
-        room = (max(buffer.size(0), output.size(0)) * 2, buffer.size(1))
+        room = (buffer.size(0) * 2, buffer.size(1))
         source = symmetric.empty(room, dtype=buffer.dtype, device=buffer.device)
         target = symmetric.empty(room, dtype=buffer.dtype, device=buffer.device)
         splits = symmetric.empty(world, dtype=torch.int64, device=buffer.device)
@@ -137,11 +186,14 @@ def vdev_exchange(
     return Exchange(lambda: run(source, target, splits, found, name), away)
 
 
-def measure(case: Case) -> list[dict[str, Any]]:
+Exchanges = Callable[[Case, torch.device], dict[str, Exchange | str]]
+
+
+def measure(case: Case, exchanges: Exchanges = exchanges_of) -> list[dict[str, Any]]:
     """This rank's rows of the result file."""
     device = enter_rank(case)
     found = []
-    for name, exchange in exchanges_of(case, device).items():
+    for name, exchange in exchanges(case, device).items():
         if isinstance(exchange, str):
             found.append({"name": name, "value": f"did not run: {exchange}", "unit": "reason"})
             continue
@@ -153,7 +205,12 @@ def measure(case: Case) -> list[dict[str, Any]]:
             {"name": name, "value": round(host_seconds * 1e6, 1), "unit": "us of the host a call"},
         ]
         if device.type == "cuda":
-            found.append({"name": name, "value": blocks_of(exchange.run), "unit": "SMs"})
+            blocks, kernel_seconds = moving_kernel(exchange.run)
+            kernel_rate = exchange.sent_bytes / kernel_seconds / 1e9
+            found += [
+                {"name": name, "value": blocks, "unit": "SMs"},
+                {"name": name, "value": round(kernel_rate, 3), "unit": "GB/s sent, kernel alone"},
+            ]
     return [{**row, "case": f"P={dist.get_world_size()} {case}"} for row in found]
 
 
@@ -177,8 +234,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def blocks_of(run: Callable[[], object]) -> int:
-    """Thread blocks of the widest communication kernel of a call; each holds an SM."""
+def moving_kernel(run: Callable[[], object]) -> tuple[int, float]:
+    """Thread blocks of the widest communication kernel of a call, each of which holds an SM.
+
+    And the seconds of the longest one: the ranks meet first, so that it waits for nobody.
+    """
+    torch.cuda.synchronize()
+    dist.barrier()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         run()
         torch.cuda.synchronize()
@@ -187,12 +249,13 @@ def blocks_of(run: Callable[[], object]) -> int:
         profiled.export_chrome_trace(path)
         with open(path) as file:
             events = json.load(file)["traceEvents"]
-    grids = [
-        event["args"]["grid"][0]
+    kernels = [
+        event
         for event in events
-        if event.get("cat") == "kernel" and ("nccl" in event["name"] or "vdev" in event["name"])
+        if event.get("cat") == "kernel" and any(name in event["name"] for name in MOVING_KERNELS)
     ]
-    return max(grids, default=0)
+    blocks = max((event["args"]["grid"][0] for event in kernels), default=0)
+    return blocks, max((event["dur"] for event in kernels), default=math.inf) * 1e-6
 
 
 def main() -> None:
@@ -216,6 +279,8 @@ def main() -> None:
     case = Case(*sizes, arguments.runs, device_type, has_own_gpu=num_gpus >= arguments.ranks)
     with RankPool(arguments.ranks, backend="nccl" if num_gpus else "gloo") as pool:
         rows = pool.run(measure, case, timeout_s=300)[0]
+    with RankPool(arguments.ranks, backend="nccl" if num_gpus else "gloo") as pool:
+        rows += pool.run(measure, case, vdev_exchanges_of, timeout_s=60)[0]
     common.finish("transport", rows, arguments)
 
 

@@ -53,6 +53,23 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "int top_k, int row_alignment, int ranks_per_node, str group_name, "
       "Tensor(a!)? bytes_sent=None) -> (Tensor rows, Tensor row_weights)");
 
+  // The same two between GPUs that map each other's memory: rows straight into their slots on the
+  // owner. capacity: slots of every rank, 0 for what the counts ask for (one wait on the host);
+  // slots_needed grows to the number needed where it is exceeded.
+  m.def(
+      "peer_plan(Tensor expert_ids, int num_experts, int row_alignment, int max_rows, int "
+      "capacity, "
+      "str group_name, Tensor(a!) invalid_flag, Tensor(b!) slots_needed) -> (Tensor slot_of_copy, "
+      "Tensor expert_offsets, Tensor counts, Tensor host_counts)");
+  // Without keep the rows lie in memory that the group's next operation overwrites.
+  m.def(
+      "peer_dispatch(Tensor x, Tensor? weights, Tensor slot_of_copy, Tensor expert_offsets, "
+      "Tensor counts, Tensor host_counts, int top_k, int row_alignment, int capacity, int num_sms, "
+      "str group_name, bool keep=True) -> (Tensor rows, Tensor row_weights)");
+  // Waits on the host for the current stream of a device; raises when a rank of a group that shares
+  // memory was given up on.
+  m.def("check_peers(Tensor like, str group_name) -> ()");
+
   // y = (row_weight * silu(rows gate^T) * (rows up^T)) down^T, expert by expert; differentiable.
   // With x and the plan's parts (P = 1) backward dispatches x again instead of keeping rows.
   m.def(
@@ -106,6 +123,11 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "Tensor slot_of_forwarded, Tensor slot_of_received, Tensor expert_offsets, Tensor counts, "
       "Tensor host_counts, int top_k, int row_alignment, int ranks_per_node, str group_name, "
       "Tensor? tokens_per_expert=None, Tensor(a!)? bytes_sent=None) -> (Tensor x, Tensor weights)");
+  // The same between GPUs that map each other's memory: read back from the owners.
+  m.def(
+      "peer_combine(Tensor rows, Tensor? row_weights, Tensor slot_of_copy, Tensor expert_offsets, "
+      "Tensor counts, Tensor host_counts, int top_k, int row_alignment, int capacity, int num_sms, "
+      "str group_name, Tensor? tokens_per_expert=None) -> (Tensor x, Tensor weights)");
 
   // dispatch, expert_mlp and combine of tokens in chunks: a chunk travels under the GEMMs of the
   // one before, in forward and in backward; differentiable.

@@ -99,6 +99,8 @@ def test_ratios_from_elsewhere_are_marked(monkeypatch: pytest.MonkeyPatch) -> No
 def test_transport_reports_bytes_of_every_exchange(ranks):
     case = transport.Case(64, 16, 2, 8, runs=1, device_type="cpu", has_own_gpu=False)
     rows = ranks(2).run(transport.measure, case)[0]
+    torchs = ranks(2).run(transport.measure, case, transport.vdev_exchanges_of)[0]
+    assert [row["value"] for row in torchs] == ["did not run: needs CUDA"]
     sent = {row["name"]: row["value"] for row in rows if row["unit"] == "bytes sent"}
     # Half of the 128 copies stay; gathered tokens leave whole, and their sums in fp32.
     assert sent.pop("torch_moe_ep all-gather dispatcher, there and back") == 64 * 16 * 4 * 2

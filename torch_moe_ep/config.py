@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 GRADIENTS = ("mean", "sum")
 RECOMPUTES = ("none", "gate_up")
-TRANSPORTS = ("auto", "collective", "hierarchical")
+TRANSPORTS = ("auto", "collective", "hierarchical", "peer")
+BUDGETS = ("exact", "bounded")
+RECEIVED_ROWS = ("keep", "dispatch_again")
 ROUTINGS = ("huggingface", "none", "aux_loss", "sinkhorn", "balanced", "bias")
 ROUTER_DTYPES = (None, "float32")
 AUX_SCOPES = ("local", "global")
@@ -31,8 +33,20 @@ class MoEConfig:
         transport: what carries rows between ranks. "collective": the EP process group's
             all-to-all. "hierarchical": two all-to-alls, where a token crosses to each node once
             however many of its experts live there, and results are summed on a node before they
-            cross; needs nodes with equally many consecutive ranks of the EP group. "auto":
-            hierarchical where the EP group spans such nodes, else collective.
+            cross; needs nodes with equally many consecutive ranks of the EP group. "peer": kernels
+            write rows straight into the memory of the ranks' GPUs and read results there; needs
+            GPUs of one host that can map each other. "auto": peer where the EP group's GPUs can,
+            hierarchical where the group spans such nodes, else collective.
+        budget: with the peer transport. "exact": the host waits for the counts, and buffers have
+            the rows that come. "bounded": it waits for nothing, and buffers have a fixed number
+            of rows; where more come, clipping or the optimizer's step raises on every rank, with
+            the number needed, before any parameter changes.
+        budget_factor: rows of budget="bounded": this many times T K, for the largest T of the EP
+            group at the first training forward, and padding; at least 1. With `max_received_rows`
+            that number of rows instead.
+        received_rows: with the peer transport, what backward has of the rows received. "keep": a
+            copy. "dispatch_again": nothing, they travel once more.
+        peer_sms: multiprocessors that move rows with the peer transport.
         dispatcher: "all_to_all": each copy goes to its expert's rank. "all_gather": every rank of
             the EP group gets all tokens of the group; for small groups and for comparison.
             `max_received_rows` bounds the first alone.
@@ -71,6 +85,10 @@ class MoEConfig:
     max_slots: int = 0
     max_received_rows: int = 0
     transport: str = "auto"
+    budget: str = "exact"
+    budget_factor: float = 2.0
+    received_rows: str = "keep"
+    peer_sms: int = 16
     dispatcher: str = "all_to_all"
     num_chunks: int = 1
     global_token_shuffle: bool = False
@@ -90,10 +108,23 @@ class MoEConfig:
         _check_count("max_slots", self.max_slots)
         _check_count("max_received_rows", self.max_received_rows)
         _check_choice("dispatcher", self.dispatcher, DISPATCHERS)
-        if self.transport == "hierarchical" and self.dispatcher == "all_gather":
+        if self.transport in ("hierarchical", "peer") and self.dispatcher == "all_gather":
             raise ValueError(
-                'transport="hierarchical" carries copies and dispatcher="all_gather" sends none; '
-                "choose one of them."
+                f'transport="{self.transport}" carries copies and dispatcher="all_gather" sends '
+                f"none; choose one of them."
+            )
+        _check_choice("budget", self.budget, BUDGETS)
+        _check_choice("received_rows", self.received_rows, RECEIVED_ROWS)
+        _check_factor("budget_factor", self.budget_factor)
+        if self.budget_factor < 1:
+            raise ValueError(f"budget_factor must be at least 1, got {self.budget_factor}.")
+        if (
+            isinstance(self.peer_sms, bool)
+            or not isinstance(self.peer_sms, int)
+            or self.peer_sms < 1
+        ):
+            raise ValueError(
+                f"peer_sms must be a number of multiprocessors, at least 1, got {self.peer_sms!r}."
             )
         self._check_num_chunks()
         _check_choice("global_token_shuffle", self.global_token_shuffle, (True, False))
@@ -117,7 +148,12 @@ class MoEConfig:
             raise ValueError(
                 f"num_chunks must be at least 1 (all tokens at once), got {self.num_chunks}."
             )
-        for name, value in (("transport", "hierarchical"), ("dispatcher", "all_gather")):
+        others = (
+            ("transport", "hierarchical"),
+            ("transport", "peer"),
+            ("dispatcher", "all_gather"),
+        )
+        for name, value in others:
             if self.num_chunks > 1 and getattr(self, name) == value:
                 raise ValueError(
                     f"num_chunks={self.num_chunks} goes with the collective transport, which "

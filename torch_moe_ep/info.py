@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -179,7 +180,20 @@ def kernel_choices(
     ]
 
 
-def transport_choices() -> list[Choice]:
+def peer_obstacle(build: BuildInfo | None) -> str | None:
+    """Returns why no two GPUs here can carry rows themselves, None where some can."""
+    if build is None or not build.with_cuda:
+        return cuda_obstacle(build, [])
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus < 2:
+        return f"it takes two GPUs of one host, found {num_gpus}"
+    pairs = itertools.permutations(range(num_gpus), 2)
+    if not any(torch.cuda.can_device_access_peer(one, other) for one, other in pairs):
+        return f"none of the {num_gpus} GPUs can map another's memory"
+    return None
+
+
+def transport_choices(build: BuildInfo | None) -> list[Choice]:
     """Returns what can carry rows between ranks."""
     backends = [
         name
@@ -191,6 +205,11 @@ def transport_choices() -> list[Choice]:
     return [
         Choice("collective", what, obstacle),
         Choice("hierarchical", "the same in two hops, a token crosses to a node once", obstacle),
+        Choice(
+            "peer",
+            "GPUs of one host write and read rows in each other's memory",
+            peer_obstacle(build) if obstacle is None else obstacle,
+        ),
     ]
 
 
@@ -212,7 +231,7 @@ def collect() -> Info:
         build=build,
         devices=devices,
         kernels=kernel_choices(build, capabilities),
-        transports=transport_choices(),
+        transports=transport_choices(build),
         environment=dict(sorted(variables.items())),
     )
 

@@ -19,6 +19,7 @@ from torch_moe_ep.gather_dispatch import (
     scatter_sums,
 )
 from torch_moe_ep.node_dispatch import run_over_nodes
+from torch_moe_ep.peer_dispatch import run_over_peers
 from torch_moe_ep.routing.choose import count_copies
 
 
@@ -33,6 +34,10 @@ class ExpertParallelExperts(nn.Module):
             once per backward. Read by `torch_moe_ep.metrics`.
         invalid_flag: int32 ``[1]``, 1 once an expert id out of range was met on CUDA. Read by
             clipping and by the optimizer's step hook.
+        slots_needed: int64 ``[1]``, rows that a rank of the EP group would have needed where they
+            were more than `capacity`, else 0. Read where `invalid_flag` is.
+        capacity: rows of a rank with the peer transport and budget="bounded"; 0 until they are
+            fixed.
         layer_name: what process-group hooks call the module.
         bytes_between_nodes: int64 ``[2]`` on the CPU, with the hierarchical transport: bytes of
             rows, and of expert ids and router weights, that this rank sent to other nodes.
@@ -43,6 +48,8 @@ class ExpertParallelExperts(nn.Module):
 
     tokens_per_expert: torch.Tensor
     invalid_flag: torch.Tensor
+    slots_needed: torch.Tensor
+    capacity: int = 0
     bytes_between_nodes: torch.Tensor
     layer_name: str = ""
     adapters: dict[str, list[Any]]
@@ -57,6 +64,7 @@ class ExpertParallelExperts(nn.Module):
         config: MoEConfig,
         device: torch.device,
         ranks_per_node: int = 0,
+        uses_peers: bool = False,
     ) -> None:
         """Give the module what the class met does not have.
 
@@ -69,15 +77,18 @@ class ExpertParallelExperts(nn.Module):
             device: where the experts compute.
             ranks_per_node: ranks of the EP group on a node, where tokens shall cross between
                 nodes once; 0: one all-to-all, whatever the nodes.
+            uses_peers: rows travel by the peer transport.
         """
         self.ep_group_name = ep_group_name
         self.num_global_experts = num_experts
         self.weight_grad_scale = weight_grad_scale
         self.moe_config = config
         self.ranks_per_node = ranks_per_node
+        self.uses_peers = uses_peers
         self.bytes_between_nodes = torch.zeros(2, dtype=torch.int64)
         self.tokens_per_expert = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.invalid_flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self.slots_needed = torch.zeros(1, dtype=torch.int64, device=device)
         self.adapters = {}
         self.adapter_layers = []
 
@@ -103,12 +114,15 @@ class ExpertParallelExperts(nn.Module):
         Returns:
             The same shape and dtype as `hidden_states`.
 
-        P > 1: collective over the EP group, one host sync on CUDA (see `ops.plan`), and a graph
-        break under torch.compile. P = 1: no collective; host syncs of `ops.expert_mlp` only.
+        P > 1: collective over the EP group, one host sync on CUDA (see `ops.plan`; none with the
+        peer transport and budget="bounded"), and a graph break under torch.compile. P = 1: no
+        collective; host syncs of `ops.expert_mlp` only.
         """
         run = self._pipeline_eagerly if self.ep_group_name else self._pipeline
         if self.ep_group_name and self.moe_config.dispatcher == "all_gather":
             run = self._gathered_eagerly
+        elif self.uses_peers:
+            run = self._over_peers_eagerly
         elif self.ranks_per_node:
             run = self._over_nodes_eagerly
         elif self.ep_group_name and self.moe_config.num_chunks > 1:
@@ -160,6 +174,10 @@ class ExpertParallelExperts(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _in_chunks_eagerly(self, *args: Any) -> torch.Tensor:
         return self._labelled(partial(run_in_chunks, self), *args)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _over_peers_eagerly(self, *args: Any) -> torch.Tensor:
+        return self._labelled(partial(run_over_peers, self), *args)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _gathered_eagerly(self, *args: Any) -> torch.Tensor:

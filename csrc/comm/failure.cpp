@@ -39,12 +39,6 @@ std::vector<int64_t> silent_ranks(c10d::ProcessGroup& group, const StorePtr& sto
   return silent;
 }
 
-// The default group lists no ranks: its group ranks are the global ones.
-int64_t global_rank(c10d::ProcessGroup& group, c10::DeviceType device_type, int64_t group_rank) {
-  const auto ranks = group.getBackend(device_type)->getBackendOptions()->global_ranks_in_group;
-  return ranks.empty() ? group_rank : static_cast<int64_t>(ranks.at(group_rank));
-}
-
 std::string describe_silent(c10d::ProcessGroup& group,
                             c10::DeviceType device_type,
                             const StorePtr& store) {
@@ -96,6 +90,12 @@ std::string describe(const std::string& operation,
 }
 
 }  // namespace
+
+// The default group lists no ranks: its group ranks are the global ones.
+int64_t global_rank(c10d::ProcessGroup& group, c10::DeviceType device_type, int64_t group_rank) {
+  const auto ranks = group.getBackend(device_type)->getBackendOptions()->global_ranks_in_group;
+  return ranks.empty() ? group_rank : static_cast<int64_t>(ranks.at(group_rank));
+}
 
 std::string describe_store(StorePtr store) {
   while (const auto prefixed = c10::dynamic_intrusive_pointer_cast<c10d::PrefixStore>(store)) {

@@ -4,6 +4,7 @@
 #include <c10/core/DeviceType.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
+#include <cstdint>
 #include <string>
 
 namespace torch_moe_ep::comm {
@@ -26,6 +27,8 @@ std::string describe_failure_beside(const std::string& operation,
                                     c10d::ProcessGroup& group,
                                     c10::DeviceType device_type,
                                     const std::string& reason);
+// A group rank's global rank.
+int64_t global_rank(c10d::ProcessGroup& group, c10::DeviceType device_type, int64_t group_rank);
 
 // Who holds a store that does not answer, as far as that is known.
 std::string describe_store(c10::intrusive_ptr<c10d::Store> store);

@@ -25,7 +25,7 @@ from torch_moe_ep.testing import (
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
 
 from .cases import requires_gpu
-from .test_several_ranks import num_host_waits
+from .test_several_ranks import COLLECTIVE, num_host_waits
 
 pytestmark = requires_gpu
 
@@ -52,7 +52,7 @@ def train(num_steps: int):
     """Gradients of the last of a few steps, and what the hooks counted."""
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", 2)
-    model = wrap(apply_expert_parallel(tiny_mixtral().cuda(), mesh), "fsdp2", mesh)
+    model = wrap(apply_expert_parallel(tiny_mixtral().cuda(), mesh, COLLECTIVE), "fsdp2", mesh)
     for step in range(num_steps):
         model.zero_grad()
         batch = {key: value.cuda() for key, value in batch_of(rank, step=step).items()}
@@ -80,7 +80,7 @@ def host_waits_and_records() -> tuple[int, int, int]:
     """Host waits of a layer's forward and backward, and event records added by hooks."""
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", dist.get_world_size())
-    experts = apply_expert_parallel(LoneExperts().cuda().bfloat16(), mesh)
+    experts = apply_expert_parallel(LoneExperts().cuda().bfloat16(), mesh, COLLECTIVE)
     x = torch.randn(300 + rank, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ids, weights = random_routing(300 + rank, 2, 8)
     ids, weights = ids.cuda(), weights.cuda()
@@ -109,7 +109,7 @@ def test_hooks_add_two_event_records_a_call_and_no_host_wait(pools):
 
 def message_without_the_last_rank() -> str:
     rank = share_the_gpu()
-    experts = apply_expert_parallel(LoneExperts().cuda(), init_device_mesh("cuda", 2))
+    experts = apply_expert_parallel(LoneExperts().cuda(), init_device_mesh("cuda", 2), COLLECTIVE)
     os.environ["TORCH_MOE_EP_TIMEOUT_S"] = "3"
     x = torch.randn(5, 16, device="cuda")
     ids, weights = random_routing(5, 2, 8)

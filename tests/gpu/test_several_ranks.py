@@ -34,6 +34,7 @@ pytestmark = requires_gpu
 NUM_STEPS = 3
 LEARNING_RATE = 0.5
 TIMEOUT_S = 120.0
+COLLECTIVE = MoEConfig(transport="collective")  # whatever the ranks' GPUs could do themselves
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def host_waits_of_a_layer() -> tuple[int, int]:
     """Waits of the host for the GPU in one layer's forward and backward, as the profiler saw."""
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", dist.get_world_size())
-    experts = apply_expert_parallel(LoneExperts().cuda().bfloat16(), mesh)
+    experts = apply_expert_parallel(LoneExperts().cuda().bfloat16(), mesh, COLLECTIVE)
     x = torch.randn(300 + rank, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ids, weights = random_routing(300 + rank, 2, 8)
     ids, weights = ids.cuda(), weights.cuda()
@@ -185,7 +186,7 @@ def message_without_the_last_rank() -> str:
     """What a rank says whose partner stays away from the second batch."""
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", 2)
-    experts = apply_expert_parallel(LoneExperts().cuda(), mesh)
+    experts = apply_expert_parallel(LoneExperts().cuda(), mesh, COLLECTIVE)
     os.environ["TORCH_MOE_EP_TIMEOUT_S"] = "3"
     x = torch.randn(5, 16, device="cuda")
     ids, weights = random_routing(5, 2, 8)
@@ -307,7 +308,7 @@ def test_ranks_all_gather_dispatcher_equals_all_to_all(
 ) -> None:
     """A sum of two has one order: bit-equal."""
     pool = gpu_ranks(world_size)
-    plain = pool.run(layer_with, {}, timeout_s=TIMEOUT_S)
+    plain = pool.run(layer_with, {"transport": "collective"}, timeout_s=TIMEOUT_S)
     gathered = pool.run(layer_with, {"dispatcher": "all_gather"}, timeout_s=TIMEOUT_S)
     for ours, expected in zip(gathered, plain, strict=True):
         assert [name for name in expected if not torch.equal(ours[name], expected[name])] == []

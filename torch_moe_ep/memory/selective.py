@@ -18,14 +18,16 @@ from torch_moe_ep import ops  # noqa: F401  registers the operators
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 KEPT = {
-    "routing": ("route", "sinkhorn", "plan", "node_plan", "plan_chunks"),
+    "routing": ("route", "sinkhorn", "plan", "node_plan", "peer_plan", "plan_chunks"),
     "rows": (
-        *("route", "sinkhorn", "plan", "node_plan", "plan_chunks"),
-        *("dispatch", "combine", "node_dispatch", "node_combine", "chunked_experts_forward"),
+        *("route", "sinkhorn", "plan", "node_plan", "peer_plan", "plan_chunks"),
+        *("dispatch", "combine", "node_dispatch", "node_combine", "peer_dispatch", "peer_combine"),
+        "chunked_experts_forward",
     ),
 }
-# Arguments before x, for which a plan packs rows.
-NUM_PLAN_ARGUMENTS = {"plan": 6, "plan_chunks": 7}
+# Arguments before those whose outcome must not be kept: x, for which a plan packs rows, and the
+# wish of peer_dispatch to leave rows in the peers' buffer.
+NUM_ARGUMENTS = {"plan": 6, "plan_chunks": 7, "peer_dispatch": 11}
 
 
 def checkpoint_contexts(keep: str = "routing") -> Callable[[], Contexts]:
@@ -96,10 +98,11 @@ class _Both(AbstractContextManager[None]):
 def _call(func: Any, args: Any, kwargs: Any, keeps_rows: bool) -> Any:
     """Call an operator as its outputs are to be kept.
 
-    A plan without x, so that it holds no rows to send. Chunked experts without gate and up
-    products, which backward then computes again, as it does with what `dispatch` kept.
+    A plan without x, so that it holds no rows to send; peer_dispatch with rows of their own.
+    Chunked experts without gate and up products, which backward then computes again, as it does
+    with what `dispatch` kept.
     """
-    for name, num_arguments in NUM_PLAN_ARGUMENTS.items():
+    for name, num_arguments in NUM_ARGUMENTS.items():
         if func is getattr(torch.ops.torch_moe_ep, name).default:
             args = args[:num_arguments]
     if keeps_rows and func is torch.ops.torch_moe_ep.chunked_experts_forward.default:

@@ -7,7 +7,8 @@
     x = combine(y, plan)                                           # results -> sum over K
 
 `node_plan`, `node_dispatch` and `node_combine` stand in for plan, dispatch and combine where a
-group spans nodes: a token crosses to each node once.
+group spans nodes: a token crosses to each node once. `peer_plan`, `peer_dispatch` and
+`peer_combine` do where GPUs map each other's memory: rows are written and read where they belong.
 
 `plan_chunks` and `chunked_experts` stand in for all four after route: tokens travel in chunks, each
 under the GEMMs of the one before.
@@ -24,6 +25,8 @@ from torch_moe_ep.ops.dispatch import dispatch
 from torch_moe_ep.ops.expert_mlp import expert_mlp
 from torch_moe_ep.ops.node_combine import node_combine
 from torch_moe_ep.ops.node_dispatch import NodePlan, node_dispatch, node_plan
+from torch_moe_ep.ops.peer_combine import peer_combine
+from torch_moe_ep.ops.peer_dispatch import PeerPlan, peer_dispatch, peer_plan
 from torch_moe_ep.ops.plan import DispatchPlan, SendBuffer, plan, plan_and_pack
 from torch_moe_ep.ops.plan_chunks import ChunkPlan, plan_chunks
 from torch_moe_ep.ops.route import route
@@ -33,6 +36,7 @@ __all__ = [
     "ChunkPlan",
     "DispatchPlan",
     "NodePlan",
+    "PeerPlan",
     "SendBuffer",
     "chunked_experts",
     "combine",
@@ -41,6 +45,9 @@ __all__ = [
     "node_combine",
     "node_dispatch",
     "node_plan",
+    "peer_combine",
+    "peer_dispatch",
+    "peer_plan",
     "plan",
     "plan_and_pack",
     "plan_chunks",

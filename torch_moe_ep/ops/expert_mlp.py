@@ -4,13 +4,14 @@ import torch
 
 from torch_moe_ep.ops.main_grad import with_main_grad
 from torch_moe_ep.ops.node_dispatch import NodePlan
+from torch_moe_ep.ops.peer_dispatch import PeerPlan
 from torch_moe_ep.ops.plan import DispatchPlan
 
 
 def expert_mlp(
     rows: torch.Tensor,
     row_weights: torch.Tensor,
-    plan: DispatchPlan | NodePlan,
+    plan: DispatchPlan | NodePlan | PeerPlan,
     gate_up: torch.Tensor,
     down: torch.Tensor,
     *,

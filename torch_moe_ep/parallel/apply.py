@@ -19,6 +19,7 @@ from torch_moe_ep.parallel.fsdp1 import ignore_in_ddp, mark_experts
 from torch_moe_ep.parallel.fsdp2 import shard_experts
 from torch_moe_ep.parallel.nodes import ranks_per_node
 from torch_moe_ep.parallel.optimizer import register_step_hooks
+from torch_moe_ep.parallel.peers import uses_peers
 from torch_moe_ep.parallel.save_pretrained import gather_adapters_on_save, gather_on_save
 from torch_moe_ep.parallel.state import ExpertParallelState, track
 from torch_moe_ep.parallel.state_dict import register_state_dict_hooks
@@ -86,11 +87,14 @@ def apply_expert_parallel(
 def _patch(request: Request, found: dict[str, nn.Module]) -> None:
     """Swap and shard the experts found, then hook into what runs the model."""
     inner = peft.base_model(request.model)
+    ep_size = request.mesh["ep"].size()
+    over_peers = uses_peers(request.config, ep_size)
     state = ExpertParallelState(
         model=inner,
         mesh=request.mesh,
         experts={},
-        ranks_per_node=ranks_per_node(request.config, request.mesh["ep"].size()),
+        ranks_per_node=0 if over_peers else ranks_per_node(request.config, ep_size),
+        uses_peers=over_peers,
     )
     for name, proposed in found.items():
         is_stand_in = isinstance(proposed, FusedExperts)

@@ -31,6 +31,7 @@ from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.parallel.agreement import agree, first_difference
 from torch_moe_ep.parallel.mesh import mesh_misfit
 from torch_moe_ep.parallel.nodes import RANKS_PER_NODE, node_note, nodes_misfit, override_misfit
+from torch_moe_ep.parallel.peers import peer_note, peers_misfit
 
 MIN_TORCH = (2, 11)
 
@@ -77,6 +78,7 @@ def check_request(request: Request) -> dict[str, nn.Module]:
         "is_meta": any(param.is_meta for found in experts.values() for param in _weights(found)),
         "is_synced": request.sync_from_rank0,
         "node": node_note(request.config, request.mesh["ep"].size()) if reason is None else {},
+        "peer": peer_note(request.config, request.mesh) if reason is None else {},
     }
     agree("apply_expert_parallel", note, _verdict)
     return experts
@@ -293,7 +295,8 @@ def _settings(request: Request, experts: dict[str, nn.Module]) -> dict[str, str]
 def _verdict(notes: list[dict[str, Any]]) -> str | None:
     reason = shared_reason([note["reason"] for note in notes])
     reason = reason or first_difference([note["settings"] for note in notes])
-    return reason or _meta_misfit(notes) or nodes_misfit([note["node"] for note in notes])
+    reason = reason or _meta_misfit(notes) or nodes_misfit([note["node"] for note in notes])
+    return reason or peers_misfit([note["peer"] for note in notes])
 
 
 def _meta_misfit(notes: list[dict[str, Any]]) -> str | None:

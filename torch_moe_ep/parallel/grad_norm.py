@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
 
 from torch_moe_ep.gather import all_gather
-from torch_moe_ep.parallel.flags import local_flag, raise_if_invalid
+from torch_moe_ep.parallel.flags import local_flags, raise_if_flagged, wait_for_peers
 from torch_moe_ep.parallel.state import ExpertParallelState, live_states, states_of
 
 
@@ -50,11 +50,12 @@ def clip_grad_norm_(
 
     Raises:
         ValueError: on every rank, before any gradient changes, when an experts module met an
-            expert id out of range since the last step. Also for a mesh that does not span all
+            expert id out of range since the last step, or more rows than budget="bounded" has
+            room for. Also for a mesh that does not span all
             ranks, and for FSDP1 parameters whose wrapper is unknown (pass the model).
 
-    Collective over all ranks (one all-gather of two numbers). Syncs the host once when the model
-    is patched, to read the invalid-id flag. Deterministic.
+    Collective over all ranks (one all-gather of three numbers). Syncs the host once when the model
+    is patched, to read the flags; with the peer transport twice. Deterministic.
     """
     norm_type = float(norm_type)
     if not norm_type > 0:
@@ -171,9 +172,10 @@ def _total_norm(
                 total = torch.maximum(total, stacked.max())
             else:
                 total = total + (stacked**norm_type).sum() * float(is_counted)
-    everyone = all_gather(torch.stack([total, local_flag(states, device)]))
+    wait_for_peers(states)
+    everyone = all_gather(torch.cat([total.reshape(1), local_flags(states, device)]))
     if states:
-        raise_if_invalid(states, everyone[:, 1].nonzero().flatten().tolist())
+        raise_if_flagged(states, everyone[:, 1:].tolist())
         for state in states:
             state.is_flag_checked = True
     totals = everyone[:, 0]

@@ -44,7 +44,7 @@ def node_note(config: MoEConfig, ep_size: int) -> dict[str, Any]:
     """
     if not _may_use_nodes(config, ep_size):
         return {}
-    host = _host()
+    host = host_name()
     _get_default_store().set(_key(dist.get_rank()), host)
     is_required = config.transport == "hierarchical" and not os.environ.get(RANKS_PER_NODE)
     return {"host": host, "ep_size": ep_size, "is_required": is_required}
@@ -120,6 +120,7 @@ def _key(rank: int) -> str:
     return f"torch_moe_ep/host/{rank}"
 
 
-def _host() -> str:
+def host_name() -> str:
+    """The host of this process, apart from others of the same name by its boot id."""
     boot = _BOOT_ID.read_text().strip() if _BOOT_ID.is_file() else ""
     return f"{socket.gethostname()}/{boot}"

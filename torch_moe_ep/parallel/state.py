@@ -33,7 +33,8 @@ class ExpertParallelState:
     So does `routers`, which is empty where the model's own routers are left as they are.
     `linear_routers` maps names of experts to the router beside them, where it is a linear one.
     `num_resets` counts how often the counters of experts, and those of routers, were set to zero.
-    `ranks_per_node` is 0 unless tokens cross between nodes once.
+    `ranks_per_node` is 0 unless tokens cross between nodes once; `uses_peers` says whether rows
+    travel by the peer transport.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class ExpertParallelState:
     wrapper_refs: list["weakref.ref[nn.Module]"] = field(default_factory=list)
     root: nn.Module | None = None
     ranks_per_node: int = 0
+    uses_peers: bool = False
     is_started: bool = False
     is_flag_checked: bool = False
     is_batch_checked: bool = False

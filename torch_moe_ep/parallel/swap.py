@@ -51,6 +51,7 @@ def swap_experts(
         config=config,
         device=state.device,
         ranks_per_node=state.ranks_per_node,
+        uses_peers=state.uses_peers,
     )
 
 

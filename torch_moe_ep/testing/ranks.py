@@ -221,7 +221,8 @@ def share_the_gpu() -> int:
 
     Returns the rank. To be called before the first collective, which is when NCCL reads its
     settings: it refuses two ranks on one GPU unless each names another host, and they then talk
-    over sockets: right values, no speeds. For functions of a pool with ``backend="nccl"``.
+    over sockets: right values, no speeds. Symmetric memory refuses it too, unless told not to. For
+    functions of a pool with ``backend="nccl"``.
     """
     rank = dist.get_rank()
     has_own = torch.cuda.device_count() >= dist.get_world_size()
@@ -233,6 +234,7 @@ def share_the_gpu() -> int:
             NCCL_IB_DISABLE="1",
             NCCL_P2P_DISABLE="1",
             NCCL_SHM_DISABLE="1",
+            TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1",
         )
     torch.cuda.set_device(rank if has_own else 0)
     torch.cuda.init()
