@@ -68,6 +68,7 @@ def expert_parallel_layer(case: Case, inputs: Inputs, config: MoEConfig) -> nn.M
         weight_grad_scale=1 / world,
         config=config,
         device=inputs.x.device,
+        uses_peers=config.transport == "peer",
     )
     return module
 
@@ -77,14 +78,25 @@ def layers_of(
 ) -> dict[str, tuple[nn.Module, Inputs]]:
     """Name to module and its inputs; the weights of `inputs` are the module's own."""
     found = {ALONE: (our_experts(case, inputs), inputs)}
+    for name, config in configs_of(settings).items():
+        module = expert_parallel_layer(case, inputs, config)
+        own = replace(inputs, gate_up=module.gate_up_proj, down=module.down_proj)
+        found[f"torch_moe_ep P={dist.get_world_size()} {name}"] = (module, own)
+    return found
+
+
+def configs_of(settings: Settings) -> dict[str, MoEConfig]:
+    """Name to configuration: the peer transport with both budgets, the collective in chunks."""
+    found = {}
     for transport in settings.transports:
+        if transport == "peer":
+            for budget in ("exact", "bounded"):
+                found[f"peer, {budget}"] = MoEConfig(transport="peer", budget=budget)
+            continue
         for num_chunks in settings.chunks:
-            config = MoEConfig(transport=transport, num_chunks=num_chunks)
-            module = expert_parallel_layer(case, inputs, config)
-            own = replace(inputs, gate_up=module.gate_up_proj, down=module.down_proj)
             pieces = f", {num_chunks} chunks" if num_chunks > 1 else ""
-            name = f"torch_moe_ep P={dist.get_world_size()} {transport}{pieces}"
-            found[name] = (module, own)
+            config = MoEConfig(transport=transport, num_chunks=num_chunks)
+            found[f"{transport}{pieces}"] = config
     return found
 
 

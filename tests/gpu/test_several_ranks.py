@@ -216,12 +216,15 @@ def layer_with(config: dict[str, object]) -> dict[str, torch.Tensor]:
     return {"y": y.detach().cpu(), "x": x.grad.cpu(), "weights": weights.grad.cpu(), **grads}
 
 
-def train(expert_parallel_degree: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of three SGD steps under FSDP2 and the full gradients of the first."""
+def train(
+    expert_parallel_degree: int, kind: str, transport: str
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of three SGD steps under FSDP and the full gradients of the first."""
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", expert_parallel_degree)
-    model = apply_expert_parallel(tiny_mixtral(router_scale=20.0).cuda(), mesh)
-    model = wrap(model, "fsdp2", mesh)
+    config = MoEConfig(transport=transport)
+    model = apply_expert_parallel(tiny_mixtral(router_scale=20.0).cuda(), mesh, config)
+    model = wrap(model, kind, mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     losses: list[float] = []
     gradients: dict[str, torch.Tensor] = {}
@@ -276,12 +279,19 @@ def test_ranks_invalid_expert_id_on_one_raises_on_every_rank_when_checked(
         assert f"got others on rank {world_size - 1} of the expert-parallel group" in message
 
 
+@pytest.mark.parametrize("transport", ["collective", "peer"])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
 @pytest.mark.parametrize(("world_size", "expert_parallel_degree"), [(2, 2), (4, 2), (4, 4)])
-def test_ranks_training_under_fsdp2_equals_one_process(
-    gpu_ranks: Callable[[int], RankPool], world_size: int, expert_parallel_degree: int
+def test_ranks_training_equals_one_process(
+    gpu_ranks: Callable[[int], RankPool],
+    world_size: int,
+    expert_parallel_degree: int,
+    kind: str,
+    transport: str,
 ) -> None:
     """Traps 1 and 18: FSDP's and EP's communicators together; gradients of one process."""
-    results = gpu_ranks(world_size).run(train, expert_parallel_degree, timeout_s=TIMEOUT_S)
+    arguments = (expert_parallel_degree, kind, transport)
+    results = gpu_ranks(world_size).run(train, *arguments, timeout_s=TIMEOUT_S)
 
     def make_model() -> torch.nn.Module:
         return tiny_mixtral(router_scale=20.0)
