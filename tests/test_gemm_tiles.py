@@ -12,6 +12,7 @@ from torch_moe_ep._build_info import library_path, read_build_info
 LARGE_PAIR = [256, 192, 0, 1, 2, 0]
 WIDE_PAIR = [128, 256, 0, 2, 1, 0]
 WIDE_SINGLE = [128, 256, 0, 1, 1, 0]
+TALL_PAIR = [256, 128, 0, 1, 2, 0]
 PING_PONG_PAIR = [128, 192, 1, 2, 1, 0]
 PING_PONG_SINGLE = [128, 192, 1, 1, 1, 0]
 NARROW_PAIR = [128, 128, 1, 2, 1, 0]
@@ -24,13 +25,17 @@ CASES = {
     "plain up of many rows": (("NT", 8, 33792, 28672, 4096, False), LARGE_PAIR),
     "plain up of some rows": (("NT", 8, 8192, 28672, 4096, False), PING_PONG_PAIR),
     "down of Mixtral: no column wasted": (("NT", 8, 33792, 4096, 14336, False), WIDE_PAIR),
-    "down of 256 rows an expert": (("NT", 8, 3064, 4096, 14336, False), WIDE_PAIR),
+    "down of 256 rows an expert": (("NT", 8, 3064, 4096, 14336, False), TALL_PAIR),
     "down of 128 rows an expert": (("NT", 8, 2040, 4096, 14336, False), WIDE_SINGLE),
     "down of narrow experts: short K": (("NT", 128, 278528, 4096, 1024, False), PING_PONG_PAIR),
     "dX of narrow experts: short K": (("NN", 128, 278528, 4096, 2048, False), PING_PONG_PAIR),
     "dA of narrow experts: 12 % waste": (("NN", 128, 278528, 1024, 4096, False), WIDE_PAIR),
     "dA of Mixtral": (("NN", 8, 33792, 14336, 4096, False), PING_PONG_PAIR),
-    "dA of 256 rows an expert: fewer rounds": (("NN", 8, 3064, 14336, 4096, False), WIDE_PAIR),
+    "down of narrow experts with 256 rows: short K": (
+        ("NT", 128, 49152, 4096, 1024, False),
+        PING_PONG_PAIR,
+    ),
+    "dX of 256 rows an expert": (("NN", 8, 3064, 4096, 28672, False), TALL_PAIR),
     "dX of Mixtral": (("NN", 8, 33792, 4096, 28672, False), WIDE_PAIR),
     "weight gradient": (("TN", 8, 33792, 4096, 28672, False), PING_PONG_PAIR),
     "weight gradient of 1024 rows an expert": (
@@ -40,10 +45,18 @@ CASES = {
     "weight gradient of 256 rows an expert": (("TN", 8, 3064, 4096, 28672, False), FEW_ROWS_PAIR),
     "weight gradient of narrow experts: 12 % waste": (
         ("TN", 128, 278528, 1024, 4096, False),
+        WIDE_PAIR,
+    ),
+    "weight gradient of narrow experts with few rows: 12 % waste": (
+        ("TN", 128, 139264, 1024, 4096, False),
         NARROW_PAIR,
     ),
     "weight gradient of narrow experts: 3 % waste": (
         ("TN", 128, 278528, 4096, 2048, False),
+        WIDE_PAIR,
+    ),
+    "weight gradient of narrow experts with few rows: 3 % waste": (
+        ("TN", 128, 139264, 4096, 2048, False),
         PING_PONG_PAIR,
     ),
     "no rows": (("NT", 8, 0, 4096, 14336, False), WIDE_SINGLE),

@@ -39,12 +39,12 @@ CASES = [
     GemmCase((0, 128, 0, 256), 72, 40),
     GemmCase((0, 0), 64, 64),
     GemmCase((128,) * 4, 512, 1024),  # single CTAs
-    GemmCase((256, 384, 0, 512), 512, 4096),  # pairs, 256 wide
+    GemmCase((256, 384, 0, 512), 512, 4096),  # 256 x 128
     GemmCase((256, 384, 0, 512), 1000, 520),  # pairs, ping-pong
-    GemmCase((4096, 128), 968, 4096),  # 256 x 192
+    GemmCase((4096, 128), 968, 4096),  # NT: 256 x 192; TN: 128 x 256
     GemmCase((256,) * 8, 1536, 2048),
     FEW_ROWS,
-    GemmCase((1024, 896, 1152), 1024, 520),  # TN: 128 x 128
+    GemmCase((1024, 896, 1152), 1024, 520),  # pairs, 256 wide; TN: 128 x 128
     GemmCase((128,) * 300, 64, 64),
 ]
 

@@ -31,6 +31,7 @@ cudaError_t launch_nn(const TileConfig& tile,
                       int64_t max_super_tiles,
                       cudaStream_t stream) {
   return launch_one_of<Kernel<128, 256, false, 2, 1, 3, 4, 2>,
+                       Kernel<256, 128, false, 1, 2, 4, 1, 1>,
                        Kernel<128, 256, false, 1, 1, 3, 4, 2>,
                        Kernel<128, 192, true, 2, 1, 5, 1, 1>>(tile, args, max_super_tiles, stream);
 }

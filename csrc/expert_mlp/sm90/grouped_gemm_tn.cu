@@ -33,6 +33,7 @@ cudaError_t launch_tn(const TileConfig& tile,
                       int64_t max_super_tiles,
                       cudaStream_t stream) {
   return launch_one_of<Kernel<128, 192, true, 2, 1, 4, 3, 3>,
+                       Kernel<128, 256, false, 2, 1, 3, 4, 2>,
                        Kernel<128, 192, true, 1, 2, 4, 3, 3, true>,
                        Kernel<128, 128, true, 2, 1, 5, 2, 2>>(tile, args, max_super_tiles, stream);
 }
