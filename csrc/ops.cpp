@@ -106,10 +106,11 @@ TORCH_LIBRARY(torch_moe_ep, m) {
   // tests and benchmarks; not differentiable.
   m.def("grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, str layout) -> Tensor");
   // The tile that the sm_90a kernels take for a shape: block M and N, ping-pong or not, cluster M
-  // and N. Builds with CUDA; needs no GPU.
+  // and N, B kept or not; [] where the epilogue swiglu_backward is not used. Builds with CUDA;
+  // needs no GPU.
   m.def(
       "grouped_gemm_tile(str layout, int num_experts, int rows, int columns, int a_columns, "
-      "bool has_swiglu) -> int[]");
+      "str epilogue) -> int[]");
 
   // Results back to their tokens, summed over K; its backward adds this rank's copies per expert to
   // tokens_per_expert.

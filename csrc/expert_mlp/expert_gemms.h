@@ -38,7 +38,22 @@ class ExpertGemms {
                    const at::Tensor& weights,
                    const at::Tensor& row_weights);
 
+  struct SwigluGradients {
+    at::Tensor activation;  // [R, I] times row weight, as nt_swiglu had it
+    at::Tensor grad_z;      // [R, 2I]
+  };
+  // nn, which gives the gradient of the activation, followed by the gradients of SwiGLU and of the
+  // row weights; in one kernel where the kernels chosen have it (and a small one that adds up the
+  // row weights' over the tiles). z is [R, 2I]; grad_row_weights [R] fp32 is written for the owned
+  // rows.
+  SwigluGradients nn_swiglu_backward(const at::Tensor& grad_rows,
+                                     const at::Tensor& weights,
+                                     const at::Tensor& z,
+                                     const at::Tensor& row_weights,
+                                     const at::Tensor& grad_row_weights);
+
  private:
+  const int64_t* num_rows() const;  // device, one number: the rows that experts own
   GemmKernels choose(const GroupedGemmShape& shape, const at::Tensor& a, const at::Tensor& b) const;
   at::Tensor rows_times_weights(GemmLayout layout,
                                 const at::Tensor& rows,

@@ -24,7 +24,7 @@ GroupedGemmShape shape_of(GemmLayout layout,
                           const at::Tensor& b,
                           int64_t num_experts) {
   const int64_t columns = layout == GemmLayout::kNT ? b.size(1) : b.size(-1);
-  return {layout, num_experts, a.size(0), columns, a.size(1), false};
+  return {layout, num_experts, a.size(0), columns, a.size(1)};
 }
 
 GroupedGemmParams params_of(const GroupedGemmShape& shape,
@@ -70,6 +70,10 @@ GemmKernels ExpertGemms::choose(const GroupedGemmShape& shape,
               choice.refusal,
               " (unset it, or set it to auto)");
   return choice.kernels;
+}
+
+const int64_t* ExpertGemms::num_rows() const {
+  return expert_offsets_.const_data_ptr<int64_t>() + expert_offsets_.numel() - 1;
 }
 
 const at::Tensor& ExpertGemms::segment_ends() {
@@ -165,7 +169,7 @@ ExpertGemms::GateUp ExpertGemms::nt_swiglu(const at::Tensor& rows,
   const int64_t width = shape.columns / 2;
   at::Tensor activation = at::empty({shape.rows, width}, rows.options());
   if (choose(shape, rows, weights) == GemmKernels::kSm90) {
-    shape.has_swiglu = true;
+    shape.epilogue = GemmEpilogue::kSwiglu;
     if (sm90::is_supported(shape)) {
       at::Tensor z = at::empty({shape.rows, shape.columns}, rows.options());
       GroupedGemmParams params = params_of(shape, rows, weights, z, expert_offsets_);
@@ -179,13 +183,58 @@ ExpertGemms::GateUp ExpertGemms::nt_swiglu(const at::Tensor& rows,
   SwigluParams params = {};
   params.rows = shape.rows;
   params.width = width;
-  params.num_rows = expert_offsets_.const_data_ptr<int64_t>() + expert_offsets_.numel() - 1;
+  params.num_rows = num_rows();
   params.z = z.const_data_ptr();
   params.row_weights = row_weights.const_data_ptr<float>();
   params.activation = activation.mutable_data_ptr();
   params.element_type = element_type_of(rows);
   C10_CUDA_CHECK(launch_swiglu(params, at::cuda::getCurrentCUDAStream()));
   return {z, activation};
+}
+
+ExpertGemms::SwigluGradients ExpertGemms::nn_swiglu_backward(const at::Tensor& grad_rows,
+                                                             const at::Tensor& weights,
+                                                             const at::Tensor& z,
+                                                             const at::Tensor& row_weights,
+                                                             const at::Tensor& grad_row_weights) {
+  GroupedGemmShape shape = shape_of(GemmLayout::kNN, grad_rows, weights, weights.size(0));
+  const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
+  SwigluGradients gradients = {at::empty({shape.rows, shape.columns}, z.options()),
+                               at::empty(z.sizes(), z.options())};
+  if (choose(shape, grad_rows, weights) == GemmKernels::kSm90 && is_aligned(z) &&
+      sm90::fuses_swiglu_backward(shape)) {
+    shape.epilogue = GemmEpilogue::kSwigluBackward;
+    const int64_t num_tiles = sm90::num_column_tiles(shape);
+    const at::Tensor partial_dots = at::empty({num_tiles, shape.rows}, row_weights.options());
+    GroupedGemmParams params =
+        params_of(shape, grad_rows, weights, gradients.grad_z, expert_offsets_);
+    params.activation = gradients.activation.mutable_data_ptr();
+    params.row_weights = row_weights.const_data_ptr<float>();
+    params.z = z.const_data_ptr();
+    params.partial_dots = partial_dots.mutable_data_ptr<float>();
+    launch(GemmKernels::kSm90, params);
+    C10_CUDA_CHECK(launch_add_up({shape.rows,
+                                  num_rows(),
+                                  num_tiles,
+                                  partial_dots.const_data_ptr<float>(),
+                                  grad_row_weights.mutable_data_ptr<float>()},
+                                 stream));
+    return gradients;
+  }
+  const at::Tensor grad_activation = nn(grad_rows, weights);
+  SwigluBackwardParams params = {};
+  params.forward.rows = shape.rows;
+  params.forward.width = shape.columns;
+  params.forward.num_rows = num_rows();
+  params.forward.z = z.const_data_ptr();
+  params.forward.row_weights = row_weights.const_data_ptr<float>();
+  params.forward.activation = gradients.activation.mutable_data_ptr();
+  params.forward.element_type = element_type_of(z);
+  params.grad_activation = grad_activation.const_data_ptr();
+  params.grad_z = gradients.grad_z.mutable_data_ptr();
+  params.grad_row_weights = grad_row_weights.mutable_data_ptr<float>();
+  C10_CUDA_CHECK(launch_swiglu_backward(params, stream));
+  return gradients;
 }
 
 }  // namespace torch_moe_ep

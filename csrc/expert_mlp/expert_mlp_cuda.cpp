@@ -1,6 +1,4 @@
 #include <ATen/Functions.h>
-#include <ATen/cuda/CUDAContext.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -9,10 +7,8 @@
 #include <tuple>
 #include <vector>
 
-#include "common/element_type_of.h"
 #include "expert_mlp/expert_gemms.h"
 #include "expert_mlp/expert_mlp.h"
-#include "expert_mlp/swiglu_kernels.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -48,33 +44,6 @@ std::vector<Pass> passes_of(int64_t num_slots,
                       host_offsets.numel() > 0 ? cut(host_offsets, first, count) : host_offsets});
   }
   return passes;
-}
-
-struct SwigluGradients {
-  at::Tensor activation;  // [R, I] times row weight
-  at::Tensor grad_z;      // [R, 2I]
-};
-
-// Writes grad_row_weights [R] of the owned rows.
-SwigluGradients swiglu_backward(const at::Tensor& grad_activation,
-                                const at::Tensor& z,
-                                const at::Tensor& row_weights,
-                                const at::Tensor& expert_offsets,
-                                const at::Tensor& grad_row_weights) {
-  SwigluGradients gradients = {at::empty_like(grad_activation), at::empty_like(z)};
-  SwigluBackwardParams params = {};
-  params.forward.rows = z.size(0);
-  params.forward.width = grad_activation.size(1);
-  params.forward.num_rows = expert_offsets.const_data_ptr<int64_t>() + expert_offsets.numel() - 1;
-  params.forward.z = z.const_data_ptr();
-  params.forward.row_weights = row_weights.const_data_ptr<float>();
-  params.forward.activation = gradients.activation.mutable_data_ptr();
-  params.forward.element_type = element_type_of(z);
-  params.grad_activation = grad_activation.const_data_ptr();
-  params.grad_z = gradients.grad_z.mutable_data_ptr();
-  params.grad_row_weights = grad_row_weights.mutable_data_ptr<float>();
-  C10_CUDA_CHECK(launch_swiglu_backward(params, at::cuda::getCurrentCUDAStream()));
-  return gradients;
 }
 
 // Adds up a weight gradient over passes: one pass keeps its tensor, several are summed in fp32 and
@@ -162,11 +131,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     const at::Tensor pass_grad = of_pass(dense_grad);
     const at::Tensor pass_z =
         z.size(0) == rows.size(0) && passes.size() == 1 ? z : gemms.nt(pass_rows, dense_gate_up);
-    const SwigluGradients hidden = swiglu_backward(gemms.nn(pass_grad, dense_down),
-                                                   pass_z,
-                                                   of_pass(dense_weights),
-                                                   pass.expert_offsets,
-                                                   of_pass(grad_row_weights));
+    const ExpertGemms::SwigluGradients hidden = gemms.nn_swiglu_backward(
+        pass_grad, dense_down, pass_z, of_pass(dense_weights), of_pass(grad_row_weights));
     grad_down.add(gemms.tn(pass_grad, hidden.activation, weight_grad_scale));
     grad_gate_up.add(gemms.tn(hidden.grad_z, pass_rows, weight_grad_scale));
     const at::Tensor pass_grad_rows = gemms.nn(hidden.grad_z, dense_gate_up);
@@ -201,11 +167,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_input_grad
   ExpertGemms gemms(expert_offsets, host_offsets);
   const at::Tensor dense_z =
       z.has_value() ? source.contiguous() : gemms.nt(source.contiguous(), dense_gate_up);
-  const SwigluGradients hidden = swiglu_backward(gemms.nn(grad_y.contiguous(), down.contiguous()),
-                                                 dense_z,
-                                                 dense_weights,
-                                                 expert_offsets,
-                                                 grad_row_weights);
+  const ExpertGemms::SwigluGradients hidden = gemms.nn_swiglu_backward(
+      grad_y.contiguous(), down.contiguous(), dense_z, dense_weights, grad_row_weights);
   return {
       gemms.nn(hidden.grad_z, dense_gate_up), grad_row_weights, hidden.grad_z, hidden.activation};
 }

@@ -29,13 +29,22 @@ inline constexpr int kMaxLocalExperts = 512;
 
 enum class GemmLayout { kNT, kNN, kTN };
 
+// What becomes of the fp32 sums besides being rounded into `out`. With z = [gate, up] of a row,
+// h = silu(gate) * up and w its row weight:
+enum class GemmEpilogue {
+  kPlain,
+  kSwiglu,          // NT; sums are z, columns = 2I, gate first: also activation = w h
+  kSwigluBackward,  // NN; sums are d activation, columns = I: out [R, 2I] is the gradient of z,
+                    // activation = w h again, and partial_dots the gradient of w
+};
+
 struct GroupedGemmShape {
   GemmLayout layout;
-  int64_t num_experts;      // L
-  int64_t rows;             // R
-  int64_t columns;          // N, columns of out
-  int64_t a_columns;        // K of NT and NN, M of TN
-  bool has_swiglu = false;  // NT alone: columns = 2I, gate columns first
+  int64_t num_experts;                           // L
+  int64_t rows;                                  // R
+  int64_t columns;                               // N, columns of out
+  int64_t a_columns;                             // K of NT and NN, M of TN
+  GemmEpilogue epilogue = GemmEpilogue::kPlain;  // sm_90a alone
 };
 
 struct GroupedGemmParams {
@@ -46,10 +55,13 @@ struct GroupedGemmParams {
   const int64_t* expert_offsets;  // device, [L + 1]
   float alpha = 1.0f;             // TN alone
 
-  // has_swiglu: activation[r, i] = row_weights[r] * silu(out[r, i]) * out[r, I + i], computed from
-  // the fp32 accumulators.
+  // kSwiglu, kSwigluBackward
   void* activation = nullptr;          // bf16 [R, I]
   const float* row_weights = nullptr;  // device, [R]
+  // kSwigluBackward
+  const void* z = nullptr;        // bf16 [R, 2I]
+  float* partial_dots = nullptr;  // [num_column_tiles, R]: d activation * h summed over the columns
+                                  // of one tile; the rows that an expert owns are written
 };
 
 namespace sm90 {
@@ -58,6 +70,13 @@ namespace sm90 {
 // Pure: looks at no device. Pointers must be 16-byte aligned besides.
 const char* refusal(const GroupedGemmShape& shape);
 inline bool is_supported(const GroupedGemmShape& shape) { return refusal(shape) == nullptr; }
+
+// Whether kSwigluBackward is worth it for this shape of layout NN: else kPlain and a kernel of its
+// own are faster. Pure.
+bool fuses_swiglu_backward(const GroupedGemmShape& shape);
+
+// Tiles that the result's columns are cut into: the first size of partial_dots. Pure.
+int64_t num_column_tiles(const GroupedGemmShape& shape);
 
 // Needs a device of compute capability 9.0 and a shape that is supported (else
 // cudaErrorInvalidValue). rows == 0 launches nothing for NT and NN and writes zeros for TN.

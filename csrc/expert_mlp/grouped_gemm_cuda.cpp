@@ -72,16 +72,28 @@ GemmLayout layout_of(const std::string& layout) {
   return layout == "NN" ? GemmLayout::kNN : GemmLayout::kTN;
 }
 
-// Looks at no device.
+GemmEpilogue epilogue_of(const std::string& epilogue) {
+  TORCH_CHECK_VALUE(epilogue == "plain" || epilogue == "swiglu" || epilogue == "swiglu_backward",
+                    "epilogue must be plain, swiglu or swiglu_backward, got ",
+                    epilogue);
+  if (epilogue == "plain") return GemmEpilogue::kPlain;
+  return epilogue == "swiglu" ? GemmEpilogue::kSwiglu : GemmEpilogue::kSwigluBackward;
+}
+
+// Looks at no device. Empty where the epilogue of SwiGLU's gradient is not used.
 std::vector<int64_t> grouped_gemm_tile(const std::string& layout,
                                        int64_t num_experts,
                                        int64_t rows,
                                        int64_t columns,
                                        int64_t a_columns,
-                                       bool has_swiglu) {
+                                       const std::string& epilogue) {
   check_layout(layout);
-  const sm90::TileConfig tile =
-      sm90::choose_tile({layout_of(layout), num_experts, rows, columns, a_columns, has_swiglu});
+  const GroupedGemmShape shape = {
+      layout_of(layout), num_experts, rows, columns, a_columns, epilogue_of(epilogue)};
+  if (shape.epilogue == GemmEpilogue::kSwigluBackward && !sm90::fuses_swiglu_backward(shape)) {
+    return {};
+  }
+  const sm90::TileConfig tile = sm90::choose_tile(shape);
   return {tile.block_m,
           tile.block_n,
           static_cast<int64_t>(tile.is_ping_pong),

@@ -124,6 +124,16 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   if (team.first == 0) p.grad_row_weights[team.row] = dot;
 }
 
+// One thread a row: neighbours read neighbouring sums. Eight loads are in flight at once.
+__global__ void __launch_bounds__(kMaxWarps* kWarpSize) add_up(const PartialSums p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= *p.num_rows || row >= p.rows) return;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int64_t part = 0; part < p.num_parts; ++part) sum += p.parts[part * p.rows + row];
+  p.sums[row] = sum;
+}
+
 template <typename T, int kWarps, int kCount>
 cudaError_t launch(const SwigluParams& p, cudaStream_t stream) {
   constexpr int kRows = RowTeam<kWarps, kCount>::kRowsPerBlock;
@@ -183,6 +193,15 @@ cudaError_t launch_swiglu_backward(const SwigluBackwardParams& params, cudaStrea
   const uintptr_t addresses = address(forward.z) | address(forward.activation) |
                               address(params.grad_activation) | address(params.grad_z);
   return launch_any(params, forward, addresses, stream);
+}
+
+cudaError_t launch_add_up(const PartialSums& params, cudaStream_t stream) {
+  if (params.rows == 0) return cudaSuccess;
+  // Blocks of one warp: a thread walks many parts, so that few rows still reach every
+  // multiprocessor.
+  const auto blocks = static_cast<unsigned>((params.rows + kWarpSize - 1) / kWarpSize);
+  add_up<<<blocks, kWarpSize, 0, stream>>>(params);
+  return cudaGetLastError();
 }
 
 }  // namespace torch_moe_ep

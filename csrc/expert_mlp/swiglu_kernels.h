@@ -28,7 +28,17 @@ struct SwigluBackwardParams {
                                 // order (bit-equal from run to run, no atomics)
 };
 
+// sums[r] = the sum over part of parts[part, r], ascending. Rows from *num_rows on are not written.
+struct PartialSums {
+  int64_t rows;             // R
+  const int64_t* num_rows;  // device, one number
+  int64_t num_parts;
+  const float* parts;  // [num_parts, R]
+  float* sums;         // [R]
+};
+
 cudaError_t launch_swiglu(const SwigluParams& params, cudaStream_t stream);
 cudaError_t launch_swiglu_backward(const SwigluBackwardParams& params, cudaStream_t stream);
+cudaError_t launch_add_up(const PartialSums& params, cudaStream_t stream);
 
 }  // namespace torch_moe_ep

@@ -65,6 +65,9 @@ KERNEL_CASES = [
     for case in ALL_CASES
     if takes(kernels, case)
 ]
+# Rows, K and columns that take SwiGLU's gradient into the GEMM's epilogue; the last tile is ragged.
+FUSED = MlpCase(Case(1100, 2, 2, 4096, "random"), 760)
+KERNEL_CASES.append(pytest.param("auto", FUSED, id=f"fused-{FUSED}"))
 KERNEL_DTYPES = [
     ("auto", torch.float32),
     ("auto", torch.bfloat16),

@@ -77,7 +77,9 @@ cudaError_t launch_layout(const GroupedGemmParams& params,
 
 const char* refusal(const GroupedGemmShape& shape) {
   constexpr int64_t kMaxIndex = int64_t{1} << 31;
-  if (shape.has_swiglu) return "the sm80 grouped GEMM has no SwiGLU epilogue";
+  if (shape.epilogue != GemmEpilogue::kPlain) {
+    return "the sm80 grouped GEMM has the plain epilogue alone";
+  }
   if (shape.num_experts < 1 || shape.num_experts > kMaxLocalExperts) {
     return "the sm80 grouped GEMM takes 1 to 512 local experts";
   }

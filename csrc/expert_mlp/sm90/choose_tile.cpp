@@ -40,6 +40,11 @@ constexpr int64_t kManyRounds = 16;
 // and filled most: with many rows 128 x 256 tiles, which read least, take 0.7 (1024 columns) to
 // 0.95 (4096) of the time of ping-pong (measured on an H100).
 constexpr int64_t kSmallWeight = int64_t{1} << 24;
+// Where SwiGLU's gradient is taken in the epilogue: K long enough to hide it, and rows enough for
+// the ping-pong tiles that hide it to be no slower than others (at 256 rows an expert they take
+// 1.3 times as long). It brings 0.14 of the main loop's L2 traffic, which limits these tiles, so
+// that columns must not be wasted besides.
+constexpr int64_t kFusedRows = 1024;
 // 128-wide tiles read more of L2: worth it where 192-wide ones waste more than this, in percent.
 constexpr int64_t kNarrowPercent = 6;
 
@@ -78,11 +83,18 @@ TileConfig choose_weight_gradient_tile(const GroupedGemmShape& shape, int64_t ro
 
 }  // namespace
 
+bool fuses_swiglu_backward(const GroupedGemmShape& shape) {
+  return shape.layout == GemmLayout::kNN && shape.num_experts > 0 &&
+         shape.rows / shape.num_experts >= kFusedRows && shape.a_columns >= kLongK &&
+         !is_narrow_better(shape);
+}
+
 TileConfig choose_tile(const GroupedGemmShape& shape) {
   const int64_t rows_per_expert = shape.num_experts > 0 ? shape.rows / shape.num_experts : 0;
   if (shape.layout == GemmLayout::kTN) return choose_weight_gradient_tile(shape, rows_per_expert);
   const bool is_pair = rows_per_expert >= kPairRows;
-  if (shape.has_swiglu) return is_pair ? kPingPongPair : kPingPongSingle;
+  if (shape.epilogue == GemmEpilogue::kSwigluBackward) return kPingPongPair;
+  if (shape.epilogue == GemmEpilogue::kSwiglu) return is_pair ? kPingPongPair : kPingPongSingle;
   if (!is_pair) return kWideSingle;
   if (rows_per_expert <= kFewRows && shape.a_columns >= kLongK) return kTallPair;
   if (is_wide_better(shape, rows_per_expert)) return kWidePair;

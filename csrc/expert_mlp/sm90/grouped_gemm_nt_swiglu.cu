@@ -22,7 +22,7 @@ using Kernel = KernelConfig<GemmLayout::kNT,
                             kStoreBuffers,
                             1,
                             false,
-                            true>;
+                            GemmEpilogue::kSwiglu>;
 
 }  // namespace
 

@@ -46,15 +46,15 @@ TensorMapSpec interleaved_gate_up(const GroupedGemmParams& params, const TileCon
           Swizzle::k128Bytes};
 }
 
-// [R, 2I] as (column, gate or up, row): a store that passes the edge of gate does not reach up.
-TensorMapSpec gate_up_halves(const GroupedGemmParams& params) {
-  const auto width = static_cast<uint64_t>(params.shape.columns / 2);
-  const auto rows = static_cast<uint64_t>(params.shape.rows);
-  return {params.out, 3, {width, 2, rows}, {width, 2 * width}, {32, 1, 64}, Swizzle::k64Bytes};
+// [R, 2I] as (column, gate or up, row): a copy that passes the edge of gate does not reach up.
+TensorMapSpec gate_up_halves(const void* address, int64_t expert_width, int64_t num_rows) {
+  const auto width = static_cast<uint64_t>(expert_width);
+  const auto rows = static_cast<uint64_t>(num_rows);
+  return {address, 3, {width, 2, rows}, {width, 2 * width}, {32, 1, 64}, Swizzle::k64Bytes};
 }
 
-TensorMapSpec activation_chunks(const GroupedGemmParams& params) {
-  const auto width = static_cast<uint64_t>(params.shape.columns / 2);
+TensorMapSpec activation_chunks(const GroupedGemmParams& params, int64_t expert_width) {
+  const auto width = static_cast<uint64_t>(expert_width);
   const auto rows = static_cast<uint64_t>(params.shape.rows);
   return {params.activation,
           3,
@@ -83,13 +83,18 @@ cudaError_t encode_all(const GroupedGemmParams& params,
             : matrices(params.b, s.columns, s.a_columns, s.num_experts, step_b);
     out = matrices(params.out, s.columns, s.rows, 1, kChunk);
   }
-  if (s.has_swiglu) {
-    b = interleaved_gate_up(params, tile);
-    out = gate_up_halves(params);
-    const cudaError_t error = encode_tensor_map(activation_chunks(params), &args->activation);
-    if (error != cudaSuccess) return error;
+  cudaError_t error = cudaSuccess;
+  if (s.epilogue != GemmEpilogue::kPlain) {
+    const bool is_backward = s.epilogue == GemmEpilogue::kSwigluBackward;
+    const int64_t width = is_backward ? s.columns : s.columns / 2;
+    out = gate_up_halves(params.out, width, s.rows);
+    if (!is_backward) b = interleaved_gate_up(params, tile);
+    if (is_backward) error = encode_tensor_map(gate_up_halves(params.z, width, s.rows), &args->z);
+    if (error == cudaSuccess) {
+      error = encode_tensor_map(activation_chunks(params, width), &args->activation);
+    }
   }
-  cudaError_t error = encode_tensor_map(a, &args->a);
+  if (error == cudaSuccess) error = encode_tensor_map(a, &args->a);
   if (error == cudaSuccess) error = encode_tensor_map(b, &args->b);
   if (error == cudaSuccess) error = encode_tensor_map(out, &args->out);
   return error;
@@ -106,8 +111,12 @@ const char* refusal(const GroupedGemmShape& shape) {
       shape.a_columns % 8 != 0) {
     return "sm90 grouped GEMM takes column counts that are positive multiples of 8";
   }
-  if (shape.has_swiglu && (shape.layout != GemmLayout::kNT || shape.columns % 16 != 0)) {
+  if (shape.epilogue == GemmEpilogue::kSwiglu &&
+      (shape.layout != GemmLayout::kNT || shape.columns % 16 != 0)) {
     return "the SwiGLU epilogue takes layout NT and an expert width that is a multiple of 8";
+  }
+  if (shape.epilogue == GemmEpilogue::kSwigluBackward && shape.layout != GemmLayout::kNN) {
+    return "the epilogue of SwiGLU's gradient takes layout NN";
   }
   if (shape.rows < 0 || shape.rows % kRowAlignment != 0) {
     return "sm90 grouped GEMM takes a row count that is a multiple of 128";
@@ -123,6 +132,10 @@ const char* refusal(const GroupedGemmShape& shape) {
     return "sm90 grouped GEMM takes results of fewer than 2^31 tiles";
   }
   return nullptr;
+}
+
+int64_t num_column_tiles(const GroupedGemmShape& shape) {
+  return ceil_div(shape.columns, choose_tile(shape).block_n);
 }
 
 cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params,
@@ -152,12 +165,19 @@ cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params,
   args.columns = static_cast<int>(s.columns);
   args.alpha = params.alpha;
   args.row_weights = params.row_weights;
+  args.partial_dots = params.partial_dots;
+  args.rows = s.rows;
   const int64_t max_tiles_m =
       is_tn ? s.num_experts * args.space.fixed_tiles_m : s.rows / super_m + s.num_experts;
   const int64_t max_super_tiles = max_tiles_m * args.space.tiles_n;
   if (is_tn) return launch_tn(tile, args, max_super_tiles, stream);
+  if (s.epilogue == GemmEpilogue::kSwigluBackward) {
+    return launch_nn_swiglu_backward(tile, args, max_super_tiles, stream);
+  }
   if (s.layout == GemmLayout::kNN) return launch_nn(tile, args, max_super_tiles, stream);
-  if (s.has_swiglu) return launch_nt_swiglu(tile, args, max_super_tiles, stream);
+  if (s.epilogue == GemmEpilogue::kSwiglu) {
+    return launch_nt_swiglu(tile, args, max_super_tiles, stream);
+  }
   return launch_nt(tile, args, max_super_tiles, stream);
 }
 

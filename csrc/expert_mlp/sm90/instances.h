@@ -19,6 +19,10 @@ cudaError_t launch_nn(const TileConfig& tile,
                       const KernelArguments& args,
                       int64_t max_super_tiles,
                       cudaStream_t stream);
+cudaError_t launch_nn_swiglu_backward(const TileConfig& tile,
+                                      const KernelArguments& args,
+                                      int64_t max_super_tiles,
+                                      cudaStream_t stream);
 cudaError_t launch_tn(const TileConfig& tile,
                       const KernelArguments& args,
                       int64_t max_super_tiles,

@@ -6,6 +6,8 @@
 #include "expert_mlp/sm90/epilogue.cuh"
 #include "expert_mlp/sm90/main_loop.cuh"
 #include "expert_mlp/sm90/producer.cuh"
+#include "expert_mlp/sm90/swiglu_backward_epilogue.cuh"
+#include "expert_mlp/sm90/swiglu_epilogue.cuh"
 
 namespace torch_moe_ep::sm90 {
 
@@ -39,6 +41,7 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
   const int first_row = Config::kIsPingPong ? 0 : group * Config::kGroupRows;
   const TurnOrder<Config> order{group};
   StoreBuffers<Config> buffers{shared, group, thread};
+  [[maybe_unused]] ZChunks<Config> z{args, shared, group, thread};
   Ring<Config::kStages> ring;
   float acc[Config::kRowBlocks][Config::kBlockN / 2];
   order.start();
@@ -51,14 +54,20 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
     const Tile tile = scheduler.tile();
     const int row = tile.m + first_row;
     const int num_rows = Config::kLayout == GemmLayout::kTN ? args.out_rows : tile.num_rows;
+    const bool is_stored = row < num_rows && tile.n < args.columns;
+    if constexpr (Config::kReadsZ) {
+      if (is_stored) z.begin_tile(tile.row_begin + row, tile.n);
+    }
     order.wait();
-    if (row >= num_rows || tile.n >= args.columns) {
+    if (!is_stored) {
       discard_tile<Config>(shared, ring, steps, thread);
       order.pass_on();
       continue;
     }
     multiply_tile<Config>(acc, shared, ring, steps, first_row, thread, [&] { order.pass_on(); });
-    if constexpr (Config::kHasSwiglu) {
+    if constexpr (Config::kReadsZ) {
+      store_swiglu_backward_tile<Config>(acc, args, buffers, z, tile.row_begin + row, tile.n);
+    } else if constexpr (Config::kEpilogue == GemmEpilogue::kSwiglu) {
       store_swiglu_tile<Config>(acc, args, buffers, tile.row_begin + row, tile.n);
     } else if constexpr (Config::kLayout == GemmLayout::kTN) {
       scale_tile<Config>(acc, args.alpha, steps == 0);
@@ -90,6 +99,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int stage = 0; stage < Config::kStages; ++stage) {
       barrier_init(shared.full(stage), 2);  // the two producers
       barrier_init(shared.empty(stage), kReleases);
+    }
+    for (int buffer = 0; buffer < Config::kNumZBarriers; ++buffer) {
+      barrier_init(shared.z_full(0, buffer), 1);
     }
     fence_barrier_init();
     prefetch_tensor_map(args.a);

@@ -11,13 +11,16 @@ struct KernelArguments {
   CUtensorMap a;
   CUtensorMap b;
   CUtensorMap out;
-  CUtensorMap activation;  // SwiGLU alone
+  CUtensorMap activation;  // kSwiglu, kSwigluBackward
+  CUtensorMap z;           // kSwigluBackward
   TileSpace space;
   int k_steps;               // NT, NN: steps of 64 over K. TN counts the expert's rows instead.
   int out_rows;              // TN: M
   int columns;               // N
   float alpha;               // TN
-  const float* row_weights;  // SwiGLU
+  const float* row_weights;  // kSwiglu, kSwigluBackward
+  float* partial_dots;       // kSwigluBackward
+  int64_t rows;              // R
 };
 
 }  // namespace torch_moe_ep::sm90

@@ -29,7 +29,7 @@ template <GemmLayout kLayout_,
           int kStoreBuffers_,
           int kStoreBatch_ = 1,
           bool kKeepsB_ = false,
-          bool kHasSwiglu_ = false>
+          GemmEpilogue kEpilogue_ = GemmEpilogue::kPlain>
 struct KernelConfig {
   static constexpr GemmLayout kLayout = kLayout_;
   static constexpr int kBlockM = kBlockM_;
@@ -41,7 +41,8 @@ struct KernelConfig {
   static constexpr int kStages = kStages_;
   static constexpr int kStoreBuffers = kStoreBuffers_;  // of each consumer group
   static constexpr int kStoreBatch = kStoreBatch_;      // chunks between two barriers
-  static constexpr bool kHasSwiglu = kHasSwiglu_;
+  static constexpr GemmEpilogue kEpilogue = kEpilogue_;
+  static constexpr bool kReadsZ = kEpilogue == GemmEpilogue::kSwigluBackward;
   // See TileConfig::keeps_b. Experts whose rows fit the stages are walked in runs along M.
   static constexpr bool kKeepsB = kKeepsB_;
   static constexpr int kRunRows = kKeepsB ? kStages * kStepK : 0;
@@ -55,13 +56,15 @@ struct KernelConfig {
   static constexpr int kABytes = kBlockM * kStepRowBytes;
   static constexpr int kBBytes = kBlockN * kStepRowBytes;
   static constexpr int kStageBytes = kABytes + kBBytes;
-  // Plain: a 64 x 64 chunk. SwiGLU: 64 x 32 of gate, up and activation each.
-  static constexpr int kStoreBufferBytes = kHasSwiglu ? 12288 : 8192;
+  // Plain: a 64 x 64 chunk. SwiGLU, both ways: 64 x 32 of gate, up and activation each.
+  static constexpr int kStoreBufferBytes = kEpilogue == GemmEpilogue::kPlain ? 8192 : 12288;
 
   static constexpr int kStoreOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset =
       kStoreOffset + kConsumerGroups * kStoreBuffers * kStoreBufferBytes;
-  static constexpr int kTableOffset = kBarrierOffset + 2 * kMaxStages * 8;
+  static constexpr int kZBarrierOffset = kBarrierOffset + 2 * kMaxStages * 8;
+  static constexpr int kNumZBarriers = kReadsZ ? kConsumerGroups * kStoreBuffers : 0;
+  static constexpr int kTableOffset = kZBarrierOffset + kNumZBarriers * 8;
   // 1024 more: the dynamic shared memory is aligned by hand.
   static constexpr int kSharedBytes = kTableOffset + static_cast<int>(sizeof(ExpertTable)) + 1024;
 
@@ -73,7 +76,9 @@ struct KernelConfig {
   static_assert(kStages <= kMaxStages);
   static_assert(kClusterM == 1 || kClusterN == 1, "one operand is shared at most");
   static_assert(kClusterSize <= 2);
-  static_assert(!kHasSwiglu || (kLayout == GemmLayout::kNT && kStoreBatch == 1));
+  static_assert(kEpilogue != GemmEpilogue::kSwiglu || kLayout == GemmLayout::kNT);
+  static_assert(!kReadsZ || (kLayout == GemmLayout::kNN && kIsPingPong));
+  static_assert(kEpilogue == GemmEpilogue::kPlain || kStoreBatch == 1);
   static_assert(!kKeepsB || (kLayout == GemmLayout::kTN && kClusterM == 1));
   static_assert(kStoreBuffers % kStoreBatch == 0 && kColumnChunks % kStoreBatch == 0);
 };
@@ -115,6 +120,10 @@ struct SharedLayout {
   }
   __device__ __forceinline__ uint32_t empty(int stage) const {
     return base + Config::kBarrierOffset + (kMaxStages + stage) * 8;
+  }
+  // z has landed in the store buffer
+  __device__ __forceinline__ uint32_t z_full(int group, int buffer) const {
+    return base + Config::kZBarrierOffset + (group * Config::kStoreBuffers + buffer) * 8;
   }
 };
 

@@ -117,7 +117,7 @@ __device__ __forceinline__ void load_b(const KernelArguments& args,
                                        int k,
                                        int half) {
   constexpr bool kIsShared = Config::kClusterM > 1;
-  if constexpr (Config::kHasSwiglu) {
+  if constexpr (Config::kEpilogue == GemmEpilogue::kSwiglu) {
     load_gate_up<Config::kBlockN, kIsShared>(shared, args.b, barrier, k, tile, half);
   } else if constexpr (Config::kLayout == GemmLayout::kNT) {
     load_k_major<Config::kBlockN, kIsShared>(shared, args.b, barrier, k, tile.n, tile.expert, half);

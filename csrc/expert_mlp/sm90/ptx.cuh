@@ -139,6 +139,15 @@ __device__ __forceinline__ void tma_load_5d_multicast(uint32_t shared,
       : "memory");
 }
 
+// Into L2 alone.
+__device__ __forceinline__ void tma_prefetch_3d(const CUtensorMap& map, int x0, int x1, int x2) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(&map),
+               "r"(x0),
+               "r"(x1),
+               "r"(x2)
+               : "memory");
+}
+
 // ---- TMA: shared to global, in bulk groups of the issuing thread ----
 
 __device__ __forceinline__ void tma_store_3d(
@@ -204,7 +213,8 @@ __device__ __forceinline__ void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- stmatrix: four 8x8 bf16 matrices; lane l gives the address of row l % 8 of matrix l / 8 ----
+// ---- stmatrix, ldmatrix: four 8x8 bf16 matrices; lane l gives the address of row l % 8 of matrix
+// l / 8 ----
 
 __device__ __forceinline__ void store_matrix_x4(
     uint32_t shared, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
@@ -213,6 +223,13 @@ __device__ __forceinline__ void store_matrix_x4(
                "r"(m1),
                "r"(m2),
                "r"(m3)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&words)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared)
                : "memory");
 }
 
