@@ -71,12 +71,14 @@ TORCH_LIBRARY(torch_moe_ep, m) {
   m.def("check_peers(Tensor like, str group_name) -> ()");
 
   // y = (row_weight * silu(rows gate^T) * (rows up^T)) down^T, expert by expert; differentiable.
-  // With x and the plan's parts (P = 1) backward dispatches x again instead of keeping rows.
+  // With x and the plan's parts (P = 1) backward dispatches x again instead of keeping rows; with
+  // main_grads it adds the weights' gradients there and returns none.
   m.def(
       "expert_mlp(Tensor rows, Tensor row_weights, Tensor expert_offsets, Tensor host_offsets, "
       "Tensor gate_up, Tensor down, float weight_grad_scale, int slots_per_pass, "
       "bool recompute_gate_up, Tensor? x=None, Tensor? slot_of_copy=None, Tensor? counts=None, "
-      "int top_k=1, int row_alignment=1) -> Tensor");
+      "int top_k=1, int row_alignment=1, Tensor? main_grad_gate_up=None, "
+      "Tensor? main_grad_down=None) -> Tensor");
   // The same with z = rows gate_up^T [R, 2I] for backward; [0, 2I] when computed in several passes.
   m.def(
       "expert_mlp_forward(Tensor rows, Tensor row_weights, Tensor expert_offsets, "
@@ -88,6 +90,12 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "Tensor expert_offsets, Tensor host_offsets, Tensor gate_up, Tensor down, "
       "float weight_grad_scale, int slots_per_pass) -> (Tensor grad_rows, "
       "Tensor grad_row_weights, Tensor grad_gate_up, Tensor grad_down)");
+  // The same with those of the weights added to fp32 tensors.
+  m.def(
+      "expert_mlp_backward_add(Tensor grad_y, Tensor rows, Tensor row_weights, Tensor z, "
+      "Tensor expert_offsets, Tensor host_offsets, Tensor gate_up, Tensor down, "
+      "float weight_grad_scale, int slots_per_pass, Tensor(a!) main_grad_gate_up, "
+      "Tensor(b!) main_grad_down) -> (Tensor grad_rows, Tensor grad_row_weights)");
 
   // Backward in two parts, for tokens in chunks. First what travels back, and what the weights'
   // gradients are made of: z is given, or rows to compute it again.

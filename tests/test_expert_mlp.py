@@ -203,8 +203,9 @@ def test_expert_mlp_main_grads_hold_the_fp32_sum_of_all_calls(case, dtype):
         (lambda grad: grad.bfloat16(), "main_grad of gate_up must be float32 .* torch.bfloat16"),
         (lambda grad: grad[:1], "main_grad of gate_up must be float32"),
         (lambda grad: grad.requires_grad_(), "must not require a gradient"),
+        (lambda grad: grad.transpose(1, 2).contiguous().transpose(1, 2), "must be contiguous"),
     ],
-    ids=["dtype", "shape", "gradient"],
+    ids=["dtype", "shape", "gradient", "strides"],
 )
 def test_expert_mlp_main_grad_that_does_not_fit_is_refused(change, message):
     case = CASES[0]
@@ -212,3 +213,12 @@ def test_expert_mlp_main_grad_that_does_not_fit_is_refused(change, message):
     gate_up, down = (torch.zeros_like(w, dtype=torch.float32).detach() for w in inputs[2:])
     with pytest.raises(ValueError, match=message):
         run(ops.expert_mlp, case, inputs, main_grads=(change(gate_up), down))
+
+
+def test_expert_mlp_main_grads_of_frozen_weights_are_refused():
+    case = CASES[0]
+    inputs = inputs_of(case, torch.float32)
+    inputs[3].requires_grad_(False)
+    main_grads = tuple(torch.zeros_like(w).detach() for w in inputs[2:])
+    with pytest.raises(ValueError, match="down has a main_grad but requires no gradient"):
+        run(ops.expert_mlp, case, inputs, main_grads=main_grads)

@@ -29,6 +29,12 @@ class ExpertGemms {
   // rows_a [R, M], rows_b [R, N] -> alpha * [L, M, N]; zeros for an expert without rows.
   at::Tensor tn(const at::Tensor& rows_a, const at::Tensor& rows_b, double alpha);
 
+  // sum += tn(rows_a, rows_b, alpha); sum is fp32 [L, M, N], contiguous.
+  void tn_add(const at::Tensor& rows_a,
+              const at::Tensor& rows_b,
+              double alpha,
+              const at::Tensor& sum);
+
   struct GateUp {
     at::Tensor z;           // [R, 2I]
     at::Tensor activation;  // [R, I]

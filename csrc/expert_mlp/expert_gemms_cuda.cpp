@@ -162,6 +162,22 @@ at::Tensor ExpertGemms::tn(const at::Tensor& rows_a, const at::Tensor& rows_b, d
   return out;
 }
 
+void ExpertGemms::tn_add(const at::Tensor& rows_a,
+                         const at::Tensor& rows_b,
+                         double alpha,
+                         const at::Tensor& sum) {
+  if (rows_a.size(0) == 0) return;
+  GroupedGemmShape shape = shape_of(GemmLayout::kTN, rows_a, rows_b, sum.size(0));
+  if (choose(shape, rows_a, rows_b) == GemmKernels::kSm90 && is_aligned(sum)) {
+    shape.epilogue = GemmEpilogue::kAccumulate;
+    GroupedGemmParams params = params_of(shape, rows_a, rows_b, sum, expert_offsets_);
+    params.alpha = static_cast<float>(alpha);
+    launch(GemmKernels::kSm90, params);
+    return;
+  }
+  sum.add_(tn(rows_a, rows_b, alpha));
+}
+
 ExpertGemms::GateUp ExpertGemms::nt_swiglu(const at::Tensor& rows,
                                            const at::Tensor& weights,
                                            const at::Tensor& row_weights) {

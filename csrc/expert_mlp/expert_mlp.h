@@ -13,6 +13,9 @@
 //   grad_rows [R, H], grad_row_weights [R] fp32, grad_gate_up [L, 2I, H], grad_down [L, H, I]
 //   z [0, 2I] is computed again. Both weight gradients are multiplied by weight_grad_scale, here
 //   and nowhere else; that of an expert without slots is exactly zero.
+// expert_mlp_backward_add(..., main_grad_gate_up, main_grad_down) -> grad_rows, grad_row_weights
+//   adds the weight gradients to fp32 tensors of the weights' shapes, contiguous, in place; on CUDA
+//   the hand-written kernels add their fp32 sums without rounding them first.
 // expert_mlp is forward as a differentiable operator: it keeps its inputs and z for backward, and
 // with recompute_gate_up its inputs alone. Given x and the parts of the plan (P = 1) it keeps x in
 // place of rows, and backward dispatches x again: the same rows to the bit.
@@ -225,6 +228,28 @@ inline void check_expert_mlp_weight_grads(const at::Tensor& grad_y,
   check_dim(activation, "activation", 2, "[slots, width]");
   check(activation, "activation", activation.size(1));
   check(grad_z, "grad_z", 2 * activation.size(1));
+}
+
+// What the accumulating backward takes besides.
+inline void check_main_grads(const at::Tensor& main_grad_gate_up,
+                             const at::Tensor& main_grad_down,
+                             const at::Tensor& gate_up,
+                             const at::Tensor& down) {
+  const auto check = [](const at::Tensor& main_grad, const char* name, const at::Tensor& weight) {
+    check_float32(main_grad, name);
+    check_same_device(main_grad, name, weight, "its weight");
+    TORCH_CHECK_VALUE(main_grad.sizes() == weight.sizes() && main_grad.is_contiguous(),
+                      name,
+                      " must be contiguous of its weight's shape ",
+                      weight.sizes(),
+                      ", got shape ",
+                      main_grad.sizes(),
+                      " strides ",
+                      main_grad.strides(),
+                      " (make it with torch.zeros)");
+  };
+  check(main_grad_gate_up, "main_grad_gate_up", gate_up);
+  check(main_grad_down, "main_grad_down", down);
 }
 
 }  // namespace torch_moe_ep

@@ -21,7 +21,9 @@ at::Tensor call_expert_mlp(const at::Tensor& rows,
                            const std::optional<at::Tensor>& slot_of_copy,
                            const std::optional<at::Tensor>& counts,
                            int64_t top_k,
-                           int64_t row_alignment) {
+                           int64_t row_alignment,
+                           const std::optional<at::Tensor>& main_grad_gate_up,
+                           const std::optional<at::Tensor>& main_grad_down) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torch_moe_ep::expert_mlp", "")
                              .typed<decltype(call_expert_mlp)>();
@@ -38,7 +40,9 @@ at::Tensor call_expert_mlp(const at::Tensor& rows,
                  slot_of_copy,
                  counts,
                  top_k,
-                 row_alignment);
+                 row_alignment,
+                 main_grad_gate_up,
+                 main_grad_down);
 }
 
 // Cast as a matmul would be: the GEMMs' operands to autocast's dtype (weights once per autocast
@@ -57,7 +61,9 @@ at::Tensor expert_mlp_autocast(const at::Tensor& rows,
                                const std::optional<at::Tensor>& slot_of_copy,
                                const std::optional<at::Tensor>& counts,
                                int64_t top_k,
-                               int64_t row_alignment) {
+                               int64_t row_alignment,
+                               const std::optional<at::Tensor>& main_grad_gate_up,
+                               const std::optional<at::Tensor>& main_grad_down) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
@@ -76,7 +82,9 @@ at::Tensor expert_mlp_autocast(const at::Tensor& rows,
                          slot_of_copy,
                          counts,
                          top_k,
-                         row_alignment);
+                         row_alignment,
+                         main_grad_gate_up,
+                         main_grad_down);
 }
 
 }  // namespace

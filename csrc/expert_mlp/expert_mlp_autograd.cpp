@@ -56,6 +56,48 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> call_backward(
                  slots_per_pass);
 }
 
+std::tuple<at::Tensor, at::Tensor> call_backward_add(const at::Tensor& grad_y,
+                                                     const at::Tensor& rows,
+                                                     const at::Tensor& row_weights,
+                                                     const at::Tensor& z,
+                                                     const at::Tensor& expert_offsets,
+                                                     const at::Tensor& host_offsets,
+                                                     const at::Tensor& gate_up,
+                                                     const at::Tensor& down,
+                                                     double weight_grad_scale,
+                                                     int64_t slots_per_pass,
+                                                     at::Tensor& main_grad_gate_up,
+                                                     at::Tensor& main_grad_down) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_moe_ep::expert_mlp_backward_add", "")
+                             .typed<decltype(call_backward_add)>();
+  return op.call(grad_y,
+                 rows,
+                 row_weights,
+                 z,
+                 expert_offsets,
+                 host_offsets,
+                 gate_up,
+                 down,
+                 weight_grad_scale,
+                 slots_per_pass,
+                 main_grad_gate_up,
+                 main_grad_down);
+}
+
+// Where backward adds the weights' gradients, or undefined tensors.
+struct MainGrads {
+  at::Tensor gate_up;
+  at::Tensor down;
+};
+
+MainGrads main_grads_of(const std::optional<at::Tensor>& gate_up,
+                        const std::optional<at::Tensor>& down) {
+  TORCH_CHECK_VALUE(gate_up.has_value() == down.has_value(),
+                    "main_grad_gate_up and main_grad_down come together, got one of them");
+  return {gate_up.value_or(at::Tensor()), down.value_or(at::Tensor())};
+}
+
 // Where rows came from at P = 1, so that backward can dispatch them again: K copies of X are as
 // large as K X. x is undefined where rows are kept.
 struct RowsSource {
@@ -113,7 +155,8 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
                             double weight_grad_scale,
                             int64_t slots_per_pass,
                             bool recompute_gate_up,
-                            const RowsSource& source) {
+                            const RowsSource& source,
+                            const MainGrads& main_grads) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, z] = call_forward(
         rows, row_weights, expert_offsets, host_offsets, gate_up, down, slots_per_pass);
@@ -129,6 +172,9 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
                             source.x,
                             source.slot_of_copy,
                             source.counts});
+    // Not saved for backward: other calls' backward adds to them in between.
+    ctx->saved_data["main_grad_gate_up"] = main_grads.gate_up;
+    ctx->saved_data["main_grad_down"] = main_grads.down;
     ctx->saved_data["top_k"] = source.top_k;
     ctx->saved_data["row_alignment"] = source.row_alignment;
     ctx->saved_data["weight_grad_scale"] = weight_grad_scale;
@@ -144,8 +190,8 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
                                ctx->saved_data["top_k"].toInt(),
                                ctx->saved_data["row_alignment"].toInt()};
     const at::Tensor rows = source.x.defined() ? dispatch_again(source, saved[3]) : saved[0];
-    auto [grad_rows, grad_row_weights, grad_gate_up, grad_down] =
-        call_backward(grad_outputs[0],
+    const auto call = [&](auto&& function, auto&... main_grads) {
+      return function(grad_outputs[0],
                       rows,
                       saved[1],
                       saved[2],
@@ -154,7 +200,17 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
                       saved[5],
                       saved[6],
                       ctx->saved_data["weight_grad_scale"].toDouble(),
-                      ctx->saved_data["slots_per_pass"].toInt());
+                      ctx->saved_data["slots_per_pass"].toInt(),
+                      main_grads...);
+    };
+    at::Tensor grad_rows, grad_row_weights, grad_gate_up, grad_down;
+    at::Tensor main_gate_up = ctx->saved_data["main_grad_gate_up"].toTensor();
+    at::Tensor main_down = ctx->saved_data["main_grad_down"].toTensor();
+    if (main_gate_up.defined()) {
+      std::tie(grad_rows, grad_row_weights) = call(call_backward_add, main_gate_up, main_down);
+    } else {
+      std::tie(grad_rows, grad_row_weights, grad_gate_up, grad_down) = call(call_backward);
+    }
     const at::Tensor none;
     return {grad_rows,
             grad_row_weights,
@@ -165,7 +221,8 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
             none,   // weight_grad_scale
             none,   // slots_per_pass
             none,   // recompute_gate_up
-            none};  // source
+            none,   // source
+            none};  // main_grads
   }
 };
 
@@ -182,7 +239,9 @@ at::Tensor expert_mlp_autograd(const at::Tensor& rows,
                                const std::optional<at::Tensor>& slot_of_copy,
                                const std::optional<at::Tensor>& counts,
                                int64_t top_k,
-                               int64_t row_alignment) {
+                               int64_t row_alignment,
+                               const std::optional<at::Tensor>& main_grad_gate_up,
+                               const std::optional<at::Tensor>& main_grad_down) {
   return ExpertMlp::apply(rows,
                           row_weights,
                           expert_offsets,
@@ -192,7 +251,8 @@ at::Tensor expert_mlp_autograd(const at::Tensor& rows,
                           weight_grad_scale,
                           slots_per_pass,
                           recompute_gate_up,
-                          rows_source(rows, x, slot_of_copy, counts, top_k, row_alignment));
+                          rows_source(rows, x, slot_of_copy, counts, top_k, row_alignment),
+                          main_grads_of(main_grad_gate_up, main_grad_down));
 }
 
 // Where the Autograd key is off (inference mode) nothing is kept, and the arguments without a name,
@@ -210,7 +270,9 @@ at::Tensor expert_mlp_inference(const at::Tensor& rows,
                                 const std::optional<at::Tensor>& /*slot_of_copy*/,
                                 const std::optional<at::Tensor>& /*counts*/,
                                 int64_t /*top_k*/,
-                                int64_t /*row_alignment*/) {
+                                int64_t /*row_alignment*/,
+                                const std::optional<at::Tensor>& /*main_grad_gate_up*/,
+                                const std::optional<at::Tensor>& /*main_grad_down*/) {
   return std::get<0>(
       call_forward(rows, row_weights, expert_offsets, host_offsets, gate_up, down, slots_per_pass));
 }
@@ -221,6 +283,7 @@ TORCH_LIBRARY_IMPL(torch_moe_ep, Autograd, m) {
   m.impl("expert_mlp", &expert_mlp_autograd);
   // Double backward raises instead of treating the gradients as constants.
   m.impl("expert_mlp_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("expert_mlp_backward_add", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, CompositeExplicitAutograd, m) {

@@ -325,11 +325,41 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_weight_grads_cpu(const at::Tensor&
   return {grad_gate_up.finish(), grad_down.finish()};
 }
 
+std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_add_cpu(const at::Tensor& grad_y,
+                                                               const at::Tensor& rows,
+                                                               const at::Tensor& row_weights,
+                                                               const at::Tensor& z,
+                                                               const at::Tensor& expert_offsets,
+                                                               const at::Tensor& host_offsets,
+                                                               const at::Tensor& gate_up,
+                                                               const at::Tensor& down,
+                                                               double weight_grad_scale,
+                                                               int64_t slots_per_pass,
+                                                               at::Tensor& main_grad_gate_up,
+                                                               at::Tensor& main_grad_down) {
+  check_main_grads(main_grad_gate_up, main_grad_down, gate_up, down);
+  auto [grad_rows, grad_row_weights, grad_gate_up, grad_down] =
+      expert_mlp_backward_cpu(grad_y,
+                              rows,
+                              row_weights,
+                              z,
+                              expert_offsets,
+                              host_offsets,
+                              gate_up,
+                              down,
+                              weight_grad_scale,
+                              slots_per_pass);
+  main_grad_gate_up.add_(grad_gate_up);
+  main_grad_down.add_(grad_down);
+  return {grad_rows, grad_row_weights};
+}
+
 TORCH_LIBRARY_IMPL(torch_moe_ep, CPU, m) {
   m.impl("expert_mlp_forward", &expert_mlp_forward_cpu);
   m.impl("expert_mlp_backward", &expert_mlp_backward_cpu);
   m.impl("expert_mlp_input_grads", &expert_mlp_input_grads_cpu);
   m.impl("expert_mlp_weight_grads", &expert_mlp_weight_grads_cpu);
+  m.impl("expert_mlp_backward_add", &expert_mlp_backward_add_cpu);
 }
 
 }  // namespace torch_moe_ep

@@ -13,9 +13,9 @@
 //   TN      [R, M]    [R, N]      [L, M, N]    alpha * sum over r in segment l of a[r]^T b[r]
 //                                              (gradient of the weight; zeros for an empty expert)
 //
-// All tensors are contiguous bf16, accumulation is fp32 with one rounding at the end. Results are
-// bit-equal from run to run. Nothing synchronises the host; a launch can be captured in a CUDA
-// graph.
+// All tensors are contiguous bf16 (out of kAccumulate: fp32), accumulation is fp32 with one
+// rounding at the end. Results are bit-equal from run to run. Nothing synchronises the host; a
+// launch can be captured in a CUDA graph.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -36,6 +36,7 @@ enum class GemmEpilogue {
   kSwiglu,          // NT; sums are z, columns = 2I, gate first: also activation = w h
   kSwigluBackward,  // NN; sums are d activation, columns = I: out [R, 2I] is the gradient of z,
                     // activation = w h again, and partial_dots the gradient of w
+  kAccumulate,      // TN; out is fp32 and the sums are added to what it holds
 };
 
 struct GroupedGemmShape {

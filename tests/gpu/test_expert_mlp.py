@@ -112,7 +112,7 @@ def inputs_of(case: MlpCase) -> Inputs:
 
 
 def results_of(inputs: Inputs, **options: object) -> list[torch.Tensor]:
-    """y and the four gradients, rows nobody owns cut off."""
+    """y and the four gradients (None of the weights with main_grads), rows nobody owns cut off."""
     leaves = [
         tensor.clone().requires_grad_()
         for tensor in (inputs.rows, inputs.row_weights, inputs.gate_up, inputs.down)
@@ -120,7 +120,8 @@ def results_of(inputs: Inputs, **options: object) -> list[torch.Tensor]:
     rows, row_weights, gate_up, down = leaves
     with poisoned_memory():
         y = ops.expert_mlp(rows, row_weights, inputs.plan, gate_up, down, **options)
-        grads = torch.autograd.grad(y, leaves, inputs.grad_y)
+        has_main_grads = "main_grads" in options
+        grads = torch.autograd.grad(y, leaves, inputs.grad_y, allow_unused=has_main_grads)
     used = inputs.used
     return [y.detach()[:used], grads[0][:used], grads[1][:used], grads[2], grads[3]]
 
@@ -284,3 +285,31 @@ def test_expert_mlp_opcheck() -> None:
         arguments,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+
+
+# Rows an expert: few, so that B is kept over runs of tiles; an odd number of 128-row blocks; none.
+MAIN_GRAD_CASES = [
+    MlpCase(Case(300, 8, 2, 256, "skewed"), 384),
+    MlpCase(Case(1024, 2, 2, 1024, "random"), 2560),
+    MlpCase(Case(200, 6, 2, 128, "one"), 256),
+    MlpCase(Case(90, 3, 2, 40, "random"), 24),
+]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("case", MAIN_GRAD_CASES, ids=str)
+def test_expert_mlp_main_grads_hold_what_was_there_plus_each_gradient(
+    case: MlpCase, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice into the same tensors, scaled; no worse than the bf16 gradient added in fp32."""
+    monkeypatch.setenv("TORCH_MOE_EP_KERNELS", kernels)
+    inputs = inputs_of(case)
+    oracle = torch_results_of(inputs, torch.float64)[3:]
+    rounded = results_of(inputs)[3:]
+    main_grads = [torch.full_like(w, 0.25, dtype=torch.float32) for w in oracle]
+    for _ in range(2):
+        got = results_of(inputs, main_grads=tuple(main_grads), weight_grad_scale=0.5)
+    assert got[3:] == [None, None]
+    for main_grad, exact, plain in zip(main_grads, oracle, rounded, strict=True):
+        allowed = max(2 * relative_error(0.25 + plain.double(), 0.25 + exact), 1e-3)
+        assert relative_error(main_grad, 0.25 + exact) <= allowed

@@ -2,7 +2,7 @@
 
 import torch
 
-from torch_moe_ep.ops.main_grad import with_main_grad
+from torch_moe_ep.ops.main_grad import check_main_grad
 from torch_moe_ep.ops.node_dispatch import NodePlan
 from torch_moe_ep.ops.peer_dispatch import PeerPlan
 from torch_moe_ep.ops.plan import DispatchPlan
@@ -40,8 +40,9 @@ def expert_mlp(
         x: the tokens ``[T, H]`` that `dispatch` made `rows` of, in the rows' dtype; P = 1 alone.
             With it x is kept for backward, which dispatches it again, and `rows` are not.
         main_grads: fp32 tensors of the shapes of `gate_up` and `down`, to which backward adds the
-            weights' gradients in place, call after call; the weights' ``.grad`` stays None.
-            Without FSDP alone, which needs the gradients returned.
+            weights' gradients in place, call after call; the weights' ``.grad`` stays None. The
+            hand-written kernels for 9.0 add their fp32 sums, unrounded. Without FSDP alone, which
+            needs the gradients returned.
 
     Returns:
         ``[R, H]`` of the rows' dtype. Rows behind the last segment are not written, and whatever
@@ -65,8 +66,8 @@ def expert_mlp(
             f"came from other ranks too (pass no x)."
         )
     if main_grads is not None:
-        gate_up = with_main_grad(gate_up, main_grads[0], "gate_up")
-        down = with_main_grad(down, main_grads[1], "down")
+        check_main_grad(gate_up, main_grads[0], "gate_up")
+        check_main_grad(down, main_grads[1], "down")
     slot_of_copy = plan.slot_of_copy if isinstance(plan, DispatchPlan) else None
     y: torch.Tensor = torch.ops.torch_moe_ep.expert_mlp(
         rows,
@@ -83,6 +84,7 @@ def expert_mlp(
         None if x is None else plan.counts,
         plan.top_k,
         plan.row_alignment,
+        *(main_grads or (None, None)),
     )
     return y
 
@@ -158,3 +160,21 @@ def _expert_mlp_weight_grads_fake(
         rows.new_empty((num_experts, grad_z.size(1), rows.size(1))),
         rows.new_empty((num_experts, rows.size(1), activation.size(1))),
     )
+
+
+@torch.library.register_fake("torch_moe_ep::expert_mlp_backward_add")
+def _expert_mlp_backward_add_fake(
+    grad_y: torch.Tensor,
+    rows: torch.Tensor,
+    row_weights: torch.Tensor,
+    z: torch.Tensor,
+    expert_offsets: torch.Tensor,
+    host_offsets: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    weight_grad_scale: float,
+    slots_per_pass: int,
+    main_grad_gate_up: torch.Tensor,
+    main_grad_down: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows.new_empty(rows.shape), row_weights.new_empty(row_weights.shape)

@@ -1,7 +1,5 @@
 """Weight gradients added up in fp32 tensors that the caller owns, in place of ``.grad``."""
 
-from typing import Any
-
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -12,30 +10,16 @@ WITH_FSDP = (
 )
 
 
-class _AddToMainGrad(torch.autograd.Function):
-    """The weight itself; its gradient goes into main_grad and no further."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, main_grad: torch.Tensor) -> torch.Tensor:
-        ctx.main_grad = main_grad
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
-        ctx.main_grad.add_(grads[0])
-        return None, None
-
-
-def with_main_grad(weight: torch.Tensor, main_grad: torch.Tensor, name: str) -> torch.Tensor:
-    """Return the weight such that backward adds its gradient to `main_grad`.
+def check_main_grad(weight: torch.Tensor, main_grad: torch.Tensor, name: str) -> None:
+    """Check that backward can add the weight's gradient to `main_grad`.
 
     Args:
         weight: a plain tensor, no DTensor.
-        main_grad: fp32 of the weight's shape and device, without a gradient of its own.
+        main_grad: fp32 of the weight's shape and device, contiguous, without a gradient of its own.
         name: of the weight, for messages.
 
     Raises:
-        ValueError: `main_grad` does not fit, or the weight is a DTensor.
+        ValueError: `main_grad` does not fit, or the weight is a DTensor or frozen.
     """
     if isinstance(weight, DTensor):
         raise ValueError(f"{name} {WITH_FSDP}; got a DTensor.")
@@ -48,5 +32,13 @@ def with_main_grad(weight: torch.Tensor, main_grad: torch.Tensor, name: str) -> 
         )
     if main_grad.requires_grad:
         raise ValueError(f"the main_grad of {name} must not require a gradient (detach it).")
-    weighted: torch.Tensor = _AddToMainGrad.apply(weight, main_grad)  # type: ignore[no-untyped-call]
-    return weighted
+    if not main_grad.is_contiguous():
+        raise ValueError(
+            f"the main_grad of {name} must be contiguous, got strides {main_grad.stride()} (make "
+            f"it with torch.zeros_like(weight, dtype=torch.float32))."
+        )
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(
+            f"{name} has a main_grad but requires no gradient (pass main_grads only where both "
+            f"weights are trained)."
+        )

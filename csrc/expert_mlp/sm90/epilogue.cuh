@@ -123,4 +123,68 @@ __device__ __forceinline__ void store_tile(
   }
 }
 
+inline constexpr int kFloatColumns = 32;  // of a 64-row chunk in fp32
+
+// 64 rows x 32 columns of fp32 into a chunk with the 128-byte swizzle. values: 16 accumulator
+// words.
+__device__ __forceinline__ void write_float_chunk(uint32_t buffer,
+                                                  const float* values,
+                                                  int thread) {
+  const int lane = thread % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = thread / 32 * 16 + half * 8 + lane / 4;
+#pragma unroll
+    for (int j = 0; j < kFloatColumns / 8; ++j) {
+      const int column = (j * 2 + lane % 4 / 2) ^ (row & 7);
+      store_float2(buffer + row * 128 + column * 16 + lane % 2 * 8,
+                   values[j * 4 + half * 2],
+                   values[j * 4 + half * 2 + 1]);
+    }
+  }
+}
+
+// out += the tile. Each element is added by one thread of the copy engine in one launch, so the sum
+// is the same from run to run.
+template <class Config>
+__device__ __forceinline__ void add_tile(
+    const float (&acc)[Config::kRowBlocks][Config::kBlockN / 2],
+    const KernelArguments& args,
+    StoreBuffers<Config>& buffers,
+    int row,
+    int column,
+    int expert) {
+  constexpr int kBatchColumns = Config::kStoreBatch * kFloatColumns;
+#pragma unroll
+  for (int block = 0; block < Config::kRowBlocks; ++block) {
+#pragma unroll
+    for (int first = 0; first < Config::kBlockN; first += kBatchColumns) {
+      if (column + first < args.columns) {
+        const uint32_t buffer = buffers.acquire();
+#pragma unroll
+        for (int i = 0; i < Config::kStoreBatch; ++i) {
+          write_float_chunk(buffer + i * Config::kStoreBufferBytes,
+                            &acc[block][(first + i * kFloatColumns) / 2],
+                            buffers.thread);
+        }
+        buffers.publish();
+        if (buffers.thread == 0) {
+#pragma unroll
+          for (int i = 0; i < Config::kStoreBatch; ++i) {
+            const int chunk_column = column + first + i * kFloatColumns;
+            if (chunk_column < args.columns) {
+              tma_add_3d(args.out,
+                         buffer + i * Config::kStoreBufferBytes,
+                         chunk_column,
+                         row + block * kChunk,
+                         expert);
+            }
+          }
+          tma_store_commit();
+        }
+      }
+    }
+  }
+}
+
 }  // namespace torch_moe_ep::sm90

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kStepK = 64;
 constexpr int kChunk = 64;
+constexpr int kFloatColumns = 32;  // of a chunk in fp32
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -83,8 +84,12 @@ cudaError_t encode_all(const GroupedGemmParams& params,
             : matrices(params.b, s.columns, s.a_columns, s.num_experts, step_b);
     out = matrices(params.out, s.columns, s.rows, 1, kChunk);
   }
+  if (s.epilogue == GemmEpilogue::kAccumulate) {
+    out.box[0] = kFloatColumns;
+    out.is_float32 = true;
+  }
   cudaError_t error = cudaSuccess;
-  if (s.epilogue != GemmEpilogue::kPlain) {
+  if (s.epilogue == GemmEpilogue::kSwiglu || s.epilogue == GemmEpilogue::kSwigluBackward) {
     const bool is_backward = s.epilogue == GemmEpilogue::kSwigluBackward;
     const int64_t width = is_backward ? s.columns : s.columns / 2;
     out = gate_up_halves(params.out, width, s.rows);
@@ -118,6 +123,9 @@ const char* refusal(const GroupedGemmShape& shape) {
   if (shape.epilogue == GemmEpilogue::kSwigluBackward && shape.layout != GemmLayout::kNN) {
     return "the epilogue of SwiGLU's gradient takes layout NN";
   }
+  if (shape.epilogue == GemmEpilogue::kAccumulate && shape.layout != GemmLayout::kTN) {
+    return "the accumulating epilogue takes layout TN";
+  }
   if (shape.rows < 0 || shape.rows % kRowAlignment != 0) {
     return "sm90 grouped GEMM takes a row count that is a multiple of 128";
   }
@@ -147,7 +155,7 @@ cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params,
   }
   const bool is_tn = s.layout == GemmLayout::kTN;
   if (s.rows == 0) {
-    if (!is_tn) return cudaSuccess;
+    if (!is_tn || s.epilogue == GemmEpilogue::kAccumulate) return cudaSuccess;
     return cudaMemsetAsync(params.out, 0, s.num_experts * s.a_columns * s.columns * 2, stream);
   }
   KernelArguments args = {};
@@ -170,6 +178,9 @@ cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params,
   const int64_t max_tiles_m =
       is_tn ? s.num_experts * args.space.fixed_tiles_m : s.rows / super_m + s.num_experts;
   const int64_t max_super_tiles = max_tiles_m * args.space.tiles_n;
+  if (s.epilogue == GemmEpilogue::kAccumulate) {
+    return launch_tn_accumulate(tile, args, max_super_tiles, stream);
+  }
   if (is_tn) return launch_tn(tile, args, max_super_tiles, stream);
   if (s.epilogue == GemmEpilogue::kSwigluBackward) {
     return launch_nn_swiglu_backward(tile, args, max_super_tiles, stream);

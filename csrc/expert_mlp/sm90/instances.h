@@ -27,5 +27,9 @@ cudaError_t launch_tn(const TileConfig& tile,
                       const KernelArguments& args,
                       int64_t max_super_tiles,
                       cudaStream_t stream);
+cudaError_t launch_tn_accumulate(const TileConfig& tile,
+                                 const KernelArguments& args,
+                                 int64_t max_super_tiles,
+                                 cudaStream_t stream);
 
 }  // namespace torch_moe_ep::sm90

@@ -71,7 +71,11 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
       store_swiglu_tile<Config>(acc, args, buffers, tile.row_begin + row, tile.n);
     } else if constexpr (Config::kLayout == GemmLayout::kTN) {
       scale_tile<Config>(acc, args.alpha, steps == 0);
-      store_tile<Config>(acc, args, buffers, row, tile.n, tile.expert);
+      if constexpr (Config::kAccumulates) {
+        if (steps > 0) add_tile<Config>(acc, args, buffers, row, tile.n, tile.expert);
+      } else {
+        store_tile<Config>(acc, args, buffers, row, tile.n, tile.expert);
+      }
     } else {
       store_tile<Config>(acc, args, buffers, tile.row_begin + row, tile.n, 0);
     }

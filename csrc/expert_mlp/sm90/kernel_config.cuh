@@ -42,6 +42,7 @@ struct KernelConfig {
   static constexpr int kStoreBuffers = kStoreBuffers_;  // of each consumer group
   static constexpr int kStoreBatch = kStoreBatch_;      // chunks between two barriers
   static constexpr GemmEpilogue kEpilogue = kEpilogue_;
+  static constexpr bool kAccumulates = kEpilogue == GemmEpilogue::kAccumulate;
   static constexpr bool kReadsZ = kEpilogue == GemmEpilogue::kSwigluBackward;
   // See TileConfig::keeps_b. Experts whose rows fit the stages are walked in runs along M.
   static constexpr bool kKeepsB = kKeepsB_;
@@ -56,8 +57,10 @@ struct KernelConfig {
   static constexpr int kABytes = kBlockM * kStepRowBytes;
   static constexpr int kBBytes = kBlockN * kStepRowBytes;
   static constexpr int kStageBytes = kABytes + kBBytes;
-  // Plain: a 64 x 64 chunk. SwiGLU, both ways: 64 x 32 of gate, up and activation each.
-  static constexpr int kStoreBufferBytes = kEpilogue == GemmEpilogue::kPlain ? 8192 : 12288;
+  static constexpr bool kHasSwiglu = kEpilogue == GemmEpilogue::kSwiglu || kReadsZ;
+  // Plain: a 64 x 64 chunk. Accumulating: 64 x 32 in fp32. SwiGLU, both ways: 64 x 32 of gate, up
+  // and activation each.
+  static constexpr int kStoreBufferBytes = kHasSwiglu ? 12288 : 8192;
 
   static constexpr int kStoreOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset =
@@ -78,7 +81,8 @@ struct KernelConfig {
   static_assert(kClusterSize <= 2);
   static_assert(kEpilogue != GemmEpilogue::kSwiglu || kLayout == GemmLayout::kNT);
   static_assert(!kReadsZ || (kLayout == GemmLayout::kNN && kIsPingPong));
-  static_assert(kEpilogue == GemmEpilogue::kPlain || kStoreBatch == 1);
+  static_assert(!kHasSwiglu || kStoreBatch == 1);
+  static_assert(!kAccumulates || kLayout == GemmLayout::kTN);
   static_assert(!kKeepsB || (kLayout == GemmLayout::kTN && kClusterM == 1));
   static_assert(kStoreBuffers % kStoreBatch == 0 && kColumnChunks % kStoreBatch == 0);
 };

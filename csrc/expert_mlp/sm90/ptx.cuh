@@ -161,6 +161,19 @@ __device__ __forceinline__ void tma_store_3d(
       : "memory");
 }
 
+// global += shared, element by element.
+__device__ __forceinline__ void tma_add_3d(
+    const CUtensorMap& map, uint32_t shared, int x0, int x1, int x2) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group"
+      " [%0, {%2, %3, %4}], [%1];" ::"l"(&map),
+      "r"(shared),
+      "r"(x0),
+      "r"(x1),
+      "r"(x2)
+      : "memory");
+}
+
 __device__ __forceinline__ void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -211,6 +224,10 @@ __device__ __forceinline__ void decrease_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void increase_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+__device__ __forceinline__ void store_float2(uint32_t shared, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(x), "f"(y) : "memory");
 }
 
 // ---- stmatrix, ldmatrix: four 8x8 bf16 matrices; lane l gives the address of row l % 8 of matrix

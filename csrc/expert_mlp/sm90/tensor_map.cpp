@@ -25,11 +25,12 @@ cudaError_t encode_tensor_map(const TensorMapSpec& spec, CUtensorMap* map) {
   const EncodeFunction encode = encode_function();
   if (encode == nullptr) return cudaErrorNotSupported;
   cuuint64_t stride_bytes[4];
-  for (int i = 0; i + 1 < spec.rank; ++i) stride_bytes[i] = spec.strides[i] * 2;
+  const int element_bytes = spec.is_float32 ? 4 : 2;
+  for (int i = 0; i + 1 < spec.rank; ++i) stride_bytes[i] = spec.strides[i] * element_bytes;
   constexpr cuuint32_t kUnitSteps[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(
       map,
-      CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      spec.is_float32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       spec.rank,
       const_cast<void*>(spec.address),
       reinterpret_cast<const cuuint64_t*>(spec.sizes),

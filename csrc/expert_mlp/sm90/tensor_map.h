@@ -11,9 +11,9 @@ namespace torch_moe_ep::sm90 {
 
 enum class Swizzle { k64Bytes, k128Bytes };
 
-// A bf16 tensor of `rank` dimensions, innermost first; strides in elements, of dimension 1 on (the
-// innermost is contiguous). `box` is what one copy moves; outside the tensor it reads zeros and
-// writes nothing.
+// A tensor of `rank` dimensions, bf16 or fp32, innermost first; strides in elements, of dimension 1
+// on (the innermost is contiguous). `box` is what one copy moves; outside the tensor it reads zeros
+// and writes nothing.
 struct TensorMapSpec {
   const void* address;
   int rank;
@@ -21,6 +21,7 @@ struct TensorMapSpec {
   uint64_t strides[4];
   uint32_t box[5];
   Swizzle swizzle;
+  bool is_float32 = false;
 };
 
 cudaError_t encode_tensor_map(const TensorMapSpec& spec, CUtensorMap* map);
