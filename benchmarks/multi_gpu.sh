@@ -38,9 +38,10 @@ measure() {
 }
 
 measure 80 ep_layer benchmarks.ep_layer --min_seconds 0.6 --turns 3
-measure 40 transport benchmarks.transport
-measure 150 train benchmarks.train
-measure 90 scaling benchmarks.train --scaling --plot
-measure 110 several-ranks tests.record tests/gpu/test_several_ranks.py \
-  tests/gpu/test_fsdp_all_gather.py -k 'training or partner or gather or waits'
+measure 50 transport benchmarks.transport
+measure 110 train benchmarks.train
+measure 120 several-ranks tests.record tests/gpu/test_several_ranks.py tests/gpu/test_peer.py \
+  tests/gpu/test_chunks.py tests/gpu/test_fsdp_all_gather.py \
+  -k 'training or away or gather or collective or waits'
+measure 110 scaling benchmarks.train --scaling --plot
 exit $status

@@ -40,7 +40,7 @@ from torch_moe_ep.testing import RankPool
 
 PEER_FSDP2 = f"{PEER}, FSDP2"
 WHOLE_LAYERS = 32
-RESERVE = 0.86  # of a GPU's memory; the rest is NCCL's, the allocator's and the all-gathers'
+RESERVE = 0.78  # of a GPU's memory; the rest is NCCL's, the allocator's and the all-gathers'
 LABELS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
