@@ -375,6 +375,7 @@ def test_auto_takes_the_flat_way_over_nodes_with_chunks(ranks):
         ({"num_chunks": True}, "num_chunks must be a whole number, got True"),
         ({"num_chunks": 2.0}, "num_chunks must be a whole number, got 2.0"),
         ({"num_chunks": 2, "transport": "hierarchical"}, 'which transport="hierarchical" replaces'),
+        ({"num_chunks": 2, "transport": "peer"}, 'which transport="peer" replaces'),
         ({"num_chunks": 2, "dispatcher": "all_gather"}, 'which dispatcher="all_gather" replaces'),
     ],
     ids=str,
