@@ -52,8 +52,8 @@ class MoEConfig:
             `max_received_rows` bounds the first alone.
         num_chunks: a rank's tokens travel in so many chunks, each under the GEMMs of the one
             before, in forward and in backward; the same on every rank. Goes with the collective
-            transport, which "auto" then takes wherever ranks are. 1: all tokens at once. With one rank
-            (P = 1) nothing travels, and it changes nothing.
+            transport, which "auto" then takes wherever ranks are. 1: all tokens at once. With one
+            rank (P = 1) nothing travels, and it changes nothing.
         global_token_shuffle: mix the tokens of the EP group's ranks before they are routed, and
             put them back after the experts: the same fixed permutation, drawn from `seed` and the
             layer's name, in every step. Batch statistics of the router (Sinkhorn, capacity,
