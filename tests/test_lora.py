@@ -1,5 +1,7 @@
 """LoRA of PEFT on attention, router and fused experts, against the unpatched PEFT model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +17,8 @@ from torch_moe_ep import (
     load_hf,
     save_checkpoint,
 )
+from torch_moe_ep.checkpoint.offline_export import export_stored
+from torch_moe_ep.checkpoint.stored import StoredCheckpoint
 from torch_moe_ep.integrations.peft import to_expert_major, to_peft_layout
 from torch_moe_ep.testing import assert_close, batch_of, tiny_mixtral
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients, full_parameters, wrap
@@ -169,6 +173,9 @@ def check_resume(folder: str) -> None:
     model = patched(2, "fsdp2", WITHOUT_ROUTER)
     step(model)
     save_checkpoint(folder, model)
+    dist.barrier()
+    with pytest.raises(ValueError, match="holds a model with adapters"):
+        export_stored(StoredCheckpoint(Path(folder)), Path(folder), lambda _bytes: None)
     step(model, 1)
     wanted = trained(full_parameters(model))
     for ep, kind in ((1, "fsdp2"), (2, "fsdp1")):

@@ -16,7 +16,9 @@ from torch_moe_ep import (
     export_hf,
     init_device_mesh,
     load_hf,
+    save_checkpoint,
 )
+from torch_moe_ep.checkpoint.__main__ import main as command
 from torch_moe_ep.integrations.transformers4 import find_blocks, fused_names, hub_parts
 from torch_moe_ep.testing import assert_close, batch_of, relative_error
 from torch_moe_ep.testing.parallel import full_gradients, wrap
@@ -109,6 +111,10 @@ def check_files(plain: str, exported: str, kind: str) -> None:
         wanted = build("Mixtral")(input_ids=batch_of(0)["input_ids"]).logits
     assert relative_error(logits, wanted) < TOLERANCE
     export_hf(model, exported)
+    save_checkpoint(exported + "-checkpoint", model)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        assert command(["export", exported + "-checkpoint", exported + "-offline"]) == 0
 
 
 @needs_4
@@ -116,11 +122,13 @@ def check_files(plain: str, exported: str, kind: str) -> None:
 def test_hub_layout_in_and_out(ranks, tmp_path, kind):
     build("Mixtral").save_pretrained(tmp_path / "plain")
     ranks(2).run(check_files, str(tmp_path / "plain"), str(tmp_path / "exported"), kind)
-    plain, exported = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("plain", "exported")
+    plain, *others = (
+        load_file(tmp_path / name / "model.safetensors")
+        for name in ("plain", "exported", "exported-offline")
     )
-    assert plain.keys() == exported.keys()
-    assert all(torch.equal(plain[name], exported[name]) for name in plain)
+    for exported in others:
+        assert plain.keys() == exported.keys()
+        assert all(torch.equal(plain[name], exported[name]) for name in plain)
     transformers.MixtralForCausalLM.from_pretrained(tmp_path / "exported")
 
 

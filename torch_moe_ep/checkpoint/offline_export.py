@@ -13,6 +13,9 @@ from torch_moe_ep.checkpoint.export import HubExport
 from torch_moe_ep.checkpoint.folder import HUB_FOLDER
 from torch_moe_ep.checkpoint.stored import Progress, StoredCheckpoint
 from torch_moe_ep.checkpoint.weights import find_weights
+from torch_moe_ep.integrations.peft import is_adapter_name
+from torch_moe_ep.integrations.transformers import find_experts
+from torch_moe_ep.integrations.transformers4 import FusedExperts, fuse_block
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -44,9 +47,14 @@ def export_stored(
         max_shard_bytes: several files and an index when the weights need more than this.
 
     Raises:
-        ValueError: no config, one of another model, or no tokenizer where one was named.
+        ValueError: no config, one of another model, no tokenizer where one was named, or adapters.
         ImportError: transformers is not installed.
     """
+    if any(is_adapter_name(name) for name in stored.tensors):
+        raise ValueError(
+            f"{stored.folder} holds a model with adapters: load it with load_checkpoint, save the "
+            f"adapters with model.save_pretrained, and merge them in the unpatched model."
+        )
     tokenizer_files = _tokenizer_files(tokenizer)
     model = _blank_model(stored, stored.folder / HUB_FOLDER if config is None else config)
     weights = find_weights(model)
@@ -90,6 +98,9 @@ def _blank_model(stored: StoredCheckpoint, config: Path) -> nn.Module:
         )
     with torch.device("meta"):
         model: Any = kind(settings)
+        for name, module in find_experts(model)[0].items():
+            if isinstance(module, FusedExperts):  # transformers 4.57, as apply has changed it
+                fuse_block(model, name)
     generation = config / "generation_config.json"
     if generation.is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(config)
