@@ -61,8 +61,8 @@ def fill_frozen(model: nn.Module) -> None:
             param.grad = torch.zeros_like(param)
 
 
-def patched(ep: int, kind: str, targets=TARGETS) -> nn.Module:
-    mesh = init_device_mesh("cpu", ep)
+def patched(ep: int, kind: str, targets=TARGETS, shard: int = 0) -> nn.Module:
+    mesh = init_device_mesh("cpu", ep, shard)
     return wrap(apply_expert_parallel(lora_mixtral(targets), mesh), kind, mesh)
 
 
@@ -78,9 +78,9 @@ def reference(targets) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
     return total, grads, nn.utils.clip_grad_norm_(model.parameters(), 1e9)
 
 
-def check_gradients(ep: int, kind: str) -> None:
+def check_gradients(ep: int, kind: str, shard: int) -> None:
     targets = targets_of(kind)
-    model = patched(ep, kind, targets)
+    model = patched(ep, kind, targets, shard)
     loss = model(**batch_of(dist.get_rank())).loss
     loss.backward()
     if kind == "none":
@@ -99,11 +99,36 @@ def check_gradients(ep: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "ep", "kind"),
-    [(2, 2, "fsdp2"), (4, 2, "fsdp2"), (4, 4, "none"), (2, 2, "fsdp1"), (2, 2, "ddp")],
+    ("world", "ep", "kind", "shard"),
+    [
+        (2, 2, "fsdp2", 0),
+        (4, 2, "fsdp2", 0),
+        (4, 2, "fsdp2", 1),  # two replicas of the experts
+        (4, 4, "none", 0),
+        (2, 2, "fsdp1", 0),
+        (2, 2, "ddp", 0),
+    ],
 )
-def test_gradients_equal_the_unpatched_model(ranks, world, ep, kind):
-    ranks(world).run(check_gradients, ep, kind)
+def test_gradients_equal_the_unpatched_model(ranks, world, ep, kind, shard):
+    ranks(world).run(check_gradients, ep, kind, shard)
+
+
+def check_sync() -> None:
+    """Ranks that drew other factors than rank 0 take rank 0's, of the experts."""
+    torch.manual_seed(3 + dist.get_rank())
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **WITHOUT_ROUTER)
+    model = peft.get_peft_model(tiny_mixtral(), config)
+    apply_expert_parallel(model, init_device_mesh("cpu", 2), sync_from_rank0=True)
+    torch.manual_seed(3)
+    wanted = peft.get_peft_model(tiny_mixtral(), config)
+    found = trained(full_parameters(model))
+    for name, param in wanted.named_parameters():
+        if "lora_" in name and "experts" in name:
+            assert torch.equal(found[name], param), name
+
+
+def test_factors_come_from_rank_0_where_asked_for(ranks):
+    ranks(2).run(check_sync)
 
 
 def step(model: nn.Module, index: int = 0) -> torch.optim.Optimizer:
