@@ -6,6 +6,7 @@ others the full suite does.
 """
 
 import importlib
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,11 @@ class Family:
     def __str__(self) -> str:
         """A pytest id."""
         return self.name
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether this transformers has the family."""
+        return importlib.util.find_spec(f"transformers.models.{self.module}") is not None
 
     def build(self, seed: int = 0) -> nn.Module:
         """The model with eager experts (transformers' grouped ones refuse sizes this small)."""
