@@ -69,7 +69,9 @@ def time_turn_about(
     """Time candidates in alternation.
 
     Each candidate runs once to warm up and once to learn how long it takes; then in each turn
-    every candidate runs often enough that all its turns together last `min_seconds`.
+    every candidate runs often enough that all its turns together last `min_seconds`. On a GPU the
+    first candidate runs for as long before the first turn: a card that has not reached its power
+    limit yet shows rates that it does not keep.
 
     With a `group` its ranks time together (collective): they agree on the number of runs and meet
     before each turn; each returns its own rates.
@@ -86,6 +88,8 @@ def time_turn_about(
         agreed = [runs_per_turn]
         dist.broadcast_object_list(agreed, src=dist.get_global_rank(group, 0), group=group)
         runs_per_turn = agreed[0]
+    if device.type == "cuda":
+        _seconds(candidates[0].run, runs_per_turn[0] * turns, device)
     rates: list[list[float]] = [[] for _ in candidates]
     for _ in range(turns):
         for candidate, num_runs, found in zip(candidates, runs_per_turn, rates, strict=True):
