@@ -21,20 +21,6 @@ COPIES = "repository"
 LINK = re.compile(r"\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out of the navigation what nobody has written yet."""
-    config.nav = _existing(config.nav)
-    return config
-
-
-def _existing(entry: Any) -> Any:
-    if isinstance(entry, list):
-        return [kept for part in entry if (kept := _existing(part))]
-    if isinstance(entry, dict):
-        return {title: kept for title, part in entry.items() if (kept := _existing(part))}
-    return entry if _source(entry).is_file() else None
-
-
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files outside of docs/ that pages link to, and those that these link to."""
     waiting = list(files.documentation_pages())

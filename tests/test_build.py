@@ -204,16 +204,18 @@ def test_sdist_passes_twine_check(tmp_path):
 
 
 def needed_distributions(names: list[str]) -> dict[str, importlib.metadata.Distribution]:
-    """Distributions of this environment by name, and those that they require, without extras."""
+    """Distributions of this environment by name, and those that pip would find required."""
     found: dict[str, importlib.metadata.Distribution] = {}
-    waiting = [Requirement(name) for name in names]
+    seen, waiting = set(), [Requirement(name) for name in names]
     while waiting:
-        requirement = waiting.pop()
-        marker = requirement.marker
-        if requirement.name in found or (marker and not marker.evaluate({"extra": ""})):
-            continue
-        found[requirement.name] = importlib.metadata.distribution(requirement.name)
-        waiting += map(Requirement, found[requirement.name].requires or ())
+        wanted = waiting.pop()
+        found[wanted.name] = importlib.metadata.distribution(wanted.name)
+        for requirement in map(Requirement, found[wanted.name].requires or ()):
+            marker, extras = requirement.marker, ("", *wanted.extras)
+            is_needed = marker is None or any(marker.evaluate({"extra": e}) for e in extras)
+            if is_needed and str(requirement) not in seen:
+                seen.add(str(requirement))
+                waiting.append(requirement)
     return found
 
 

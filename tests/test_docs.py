@@ -97,8 +97,7 @@ def test_site_refuses_links_out_of_docs_that_lead_nowhere(tmp_path: Path):
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "docs_hooks.py", tmp_path / ".ci")
     (tmp_path / "mkdocs.yml").write_text(
-        "site_name: a site\nhooks: [.ci/docs_hooks.py]\n"
-        "nav: [index.md, later.md, repository/README.md]\n"
+        "site_name: a site\nhooks: [.ci/docs_hooks.py]\nnav: [index.md, repository/README.md]\n"
     )
     (tmp_path / "docs" / "index.md").write_text("[is there](../README.md) [is not](../gone.h)\n")
     (tmp_path / "README.md").write_text("[is there](docs/index.md) [is not](docs/other.md)\n")
