@@ -12,7 +12,6 @@ bytes: it moves P T rows where all-to-all moves T K.
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from torch_moe_ep.gather_dispatch import gather_tokens, scatter_sums
 from torch_moe_ep.testing import RankPool, share_the_gpu
 
 PEER_SMS = (8, 16, 32)
-MOVING_KERNELS = ("nccl", "vdev", "push_rows", "pull_sums")
+MOVING_KERNELS = ("nccl", "allToAllV", "push_rows", "pull_sums")
 NOT_A_SPEED = "not a speed: ranks share a device"
 
 
@@ -206,6 +205,8 @@ def measure(case: Case, exchanges: Exchanges = exchanges_of) -> list[dict[str, A
         ]
         if device.type == "cuda":
             blocks, kernel_seconds = moving_kernel(exchange.run)
+            if blocks == 0:
+                continue
             kernel_rate = exchange.sent_bytes / kernel_seconds / 1e9
             found += [
                 {"name": name, "value": blocks, "unit": "SMs"},
@@ -237,7 +238,8 @@ def synchronize(device: torch.device) -> None:
 def moving_kernel(run: Callable[[], object]) -> tuple[int, float]:
     """Thread blocks of the widest communication kernel of a call, each of which holds an SM.
 
-    And the seconds of the longest one: the ranks meet first, so that it waits for nobody.
+    And the seconds of all of them: the ranks meet first, so that they wait for nobody. Zeros where
+    no kernel of a known name ran.
     """
     torch.cuda.synchronize()
     dist.barrier()
@@ -255,7 +257,7 @@ def moving_kernel(run: Callable[[], object]) -> tuple[int, float]:
         if event.get("cat") == "kernel" and any(name in event["name"] for name in MOVING_KERNELS)
     ]
     blocks = max((event["args"]["grid"][0] for event in kernels), default=0)
-    return blocks, max((event["dur"] for event in kernels), default=math.inf) * 1e-6
+    return blocks, sum(event["dur"] for event in kernels) * 1e-6
 
 
 def main() -> None:
