@@ -3,13 +3,15 @@
     python -m tests.record --output benchmarks/results/<date>-gpu-tests.json tests/gpu
     python -m tests.record --output benchmarks/results/<date>-test-full.json -m full tests
 
-What stands behind the options goes to pytest.
+What stands behind the options goes to pytest. A run that is ended by SIGTERM, as `timeout` does,
+keeps what it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -48,6 +50,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--commit", default="", help="where there is no git checkout")
     options, pytest_arguments = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest ends its session on it
     outcomes = Outcomes()
     status = pytest.main(["-q", *pytest_arguments], plugins=[outcomes])
     target = f"benchmarks/results/{options.output.name}"

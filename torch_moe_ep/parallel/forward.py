@@ -26,8 +26,8 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_moe_ep.integrations import trainer_methods
 from torch_moe_ep.integrations.peft import dense_wrapper
-from torch_moe_ep.integrations.trainer_methods import register_trainer_methods
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.ops.main_grad import WITH_FSDP
 from torch_moe_ep.parallel import order
@@ -110,7 +110,7 @@ def _start(state: ExpertParallelState) -> None:
         contexts = {id(fsdp_state(module)._state_ctx) for module in experts}
         if len(contexts) == 1:
             _prefetch_forward(experts, state.fsdp2_modules())
-    register_trainer_methods()
+    trainer_methods.register_trainer_methods()
     state.is_started = True
 
 
