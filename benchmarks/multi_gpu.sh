@@ -43,5 +43,5 @@ measure 110 train benchmarks.train
 measure 120 several-ranks tests.record tests/gpu/test_several_ranks.py tests/gpu/test_peer.py \
   tests/gpu/test_chunks.py tests/gpu/test_fsdp_all_gather.py \
   -k 'training or away or gather or collective or waits'
-measure 110 scaling benchmarks.train --scaling --plot
+measure 110 scaling benchmarks.scaling --plot
 exit $status

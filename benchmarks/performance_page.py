@@ -12,12 +12,10 @@ PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 def tables() -> str:
     """One section for each kind of result file that a benchmark of this folder writes."""
-    newest: dict[str, Path] = {}
-    for path in sorted(results.RESULTS_DIR.glob("????-??-??-*.json")):
-        name = path.stem.split("-", 3)[3]
-        if _program(name).is_file():
-            newest[name] = path
-    return "\n\n".join(_section(name, path) for name, path in sorted(newest.items()))
+    files = {
+        name: path for name, path in results.newest_files().items() if _program(name).is_file()
+    }
+    return "\n\n".join(_section(name, path) for name, path in sorted(files.items()))
 
 
 def page_with_tables() -> str:

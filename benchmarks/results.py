@@ -77,15 +77,19 @@ def plot(path: Path) -> Path:
     return target
 
 
+def newest_files() -> dict[str, Path]:
+    """The newest file of each name: "layer" of 2026-11-25-layer.json and its predecessors."""
+    paths = sorted(RESULTS_DIR.glob("????-??-??-*.json"))
+    return {path.stem.split("-", 3)[3]: path for path in paths}
+
+
 def readme_tables() -> str:
     """Markdown tables of the newest layer results, or one sentence where there are none."""
-    parts = []
-    for pattern in ("????-??-??-layer*.json", "????-??-??-layer-cpu*.json"):
-        is_cpu = "cpu" in pattern
-        paths = [p for p in sorted(RESULTS_DIR.glob(pattern)) if is_cpu or "-cpu" not in p.name]
-        if paths:
-            parts.append(_markdown(paths[-1]))
-    return "\n\n".join(parts) or "No result file is in the repository yet."
+    files = newest_files()
+    names = [name for name in sorted(files) if name.partition("-")[0] == "layer"]
+    names.sort(key=lambda name: name.endswith("-cpu"))
+    tables = [_markdown(files[name]) for name in names]
+    return "\n\n".join(tables) or "No result file is in the repository yet."
 
 
 def _markdown(path: Path) -> str:

@@ -1,7 +1,6 @@
 """Training steps of a whole Mixtral on all GPUs of a host: expert parallel, and stock FSDP2.
 
     python -m benchmarks.train                        # 8x7B: as many of its layers as fit
-    python -m benchmarks.train --scaling              # few layers on 1, 2, 4, 8 GPUs of the host
     python -m benchmarks.train --layers 2 --hidden 512 --width 1024   # small: does it run?
 
 Both are FSDP2 over every decoder layer, bf16 computation and fused AdamW; the peer holds the same
@@ -258,35 +257,12 @@ def run_pair(case: Case, names: Iterable[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def scaling(case: Case) -> list[dict[str, Any]]:
-    """Weak (a batch for each GPU) and strong (one batch over all) scaling over 1, 2, 4, ... ranks.
-
-    The efficiency is tokens per second over the number of GPUs times one GPU's.
-    """
-    sizes = [1 << power for power in range(int(math.log2(case.ranks)) + 1)]
-    rows: list[dict[str, Any]] = []
-    for kind in ("weak", "strong"):
-        alone = 0.0
-        for ranks in sizes:
-            batch = case.batch if kind == "weak" else case.batch * case.ranks // ranks
-            found = run_pair(replace(case, ranks=ranks, batch=batch), [OURS])
-            rate = next(row["value"] for row in found if row["unit"] == "tokens/s")
-            alone = alone or rate
-            efficiency = {"value": round(rate / alone / ranks, 4), "unit": "of linear scaling"}
-            rows += [{**row, "case": f"{kind} scaling, {row['case']}"} for row in found]
-            rows.append({**rows[-1], **efficiency})
-    return rows
-
-
-def main() -> None:
-    """Run the candidates and keep the result file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes of the model and of its batch, the ranks, and how rows travel."""
     num_gpus = torch.cuda.device_count()
     is_real = num_gpus > 1
     parser.add_argument("--ranks", type=int, default=num_gpus if is_real else 2)
-    parser.add_argument("--layers", type=int, help="default: as many as fit, 2 for --scaling")
+    parser.add_argument("--layers", type=int, help="default: as many as fit; of two small ranks 2")
     parser.add_argument("--hidden", type=int, default=4096 if is_real else 256)
     parser.add_argument("--width", type=int, default=14336 if is_real else 512)
     parser.add_argument("--sequence", type=int, default=4096 if is_real else 256)
@@ -294,23 +270,37 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--num_chunks", type=int, default=1)
-    parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--output", type=common.Path)
     parser.add_argument("--commit", default="", help="where there is no git checkout")
     parser.add_argument("--plot", action="store_true", help="write a PNG beside the result file")
-    arguments = parser.parse_args()
+
+
+def case_of(arguments: argparse.Namespace, most_layers: int) -> Case:
+    """The case that was asked for, as it fits this machine's GPUs.
+
+    Raises:
+        SystemExit: no GPU is visible.
+    """
+    num_gpus = torch.cuda.device_count()
     if num_gpus == 0:
-        parser.error("benchmarks.train needs a GPU, and no GPU is visible.")
-    default_layers = 2 if arguments.scaling or not is_real else WHOLE_LAYERS
+        raise SystemExit("this benchmark needs a GPU, and no GPU is visible.")
     fields = {name: getattr(arguments, name) for name in asdict(_smallest()) if name in arguments}
-    case = replace(_smallest(), **{**fields, "layers": arguments.layers or default_layers})
+    layers = arguments.layers or (most_layers if num_gpus > 1 else 2)
+    case = replace(_smallest(), **{**fields, "layers": layers})
     case = replace(case, has_own_gpu=num_gpus >= case.ranks)
     memory = torch.cuda.get_device_properties(0).total_memory
-    case = fitted(case, memory if case.has_own_gpu else memory / case.ranks)
-    if arguments.scaling:
-        common.finish("scaling", scaling(case), arguments)
-    else:
-        common.finish("train", run_pair(case, [OURS, PEER_FSDP2]), arguments)
+    return fitted(case, memory if case.has_own_gpu else memory / case.ranks)
+
+
+def main() -> None:
+    """Run both candidates and keep the result file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    case = case_of(arguments, WHOLE_LAYERS)
+    common.finish("train", run_pair(case, [OURS, PEER_FSDP2]), arguments)
 
 
 def _smallest() -> Case:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import torch_moe_ep.plan as package
+from benchmarks.results import newest_files, read
 from tests import plan_cases
 from torch_moe_ep.plan import (
     GPUS,
@@ -99,9 +100,8 @@ def kept_by(model: Any, layout: Layout, batch: Batch) -> int:
 
 
 def results(name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads(
-        (ROOT / f"benchmarks/results/2026-11-25-{name}.json").read_text()
-    )["rows"]
+    """Rows of the newest result file of that name."""
+    rows: list[dict[str, Any]] = read(newest_files()[name])["rows"]
     return rows
 
 
@@ -208,6 +208,19 @@ def test_memory_is_what_one_h200_reported():
         if offload == "none":
             held = kept_by(model, layout, batch)
             assert held / 2**30 == pytest.approx(measured[name, "GiB held"], rel=0.01), name
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("samples", [1, 4])
+def test_peak_is_that_of_whole_steps_on_a_gpu(samples, checkpointing):
+    """Four layers of 8x7B with AdamW, against torch's own count of bytes."""
+    case = f"4 layers H=4096 I=14336 T={4096 * samples} checkpointing={checkpointing}"
+    (measured,) = [
+        row["value"] for row in results("memory") if row["name"] == "torch" and row["case"] == case
+    ]
+    layout = Layout(1, 1, 1, 1, PRECISIONS["bf16"], checkpointing)
+    expected = memory_of(four_layers(), layout, Batch(4096, samples)).total
+    assert expected / 2**30 == pytest.approx(measured, rel=0.01)
 
 
 def _gradients_of_a_layer(moment: Any) -> int:
