@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from torch_moe_ep.testing import RankFailure, relative_error
+from torch_moe_ep.testing import ranks as harness
 
 
 def add_ranks(offset):
@@ -52,6 +53,21 @@ def test_pool_names_the_rank_and_recovers(ranks, function, said):
     with pytest.raises(RankFailure, match=said):
         pool.run(function, timeout_s=2 if function is hang_on_rank_1 else 30)
     assert pool.run(add_ranks, 0)[0][0] == 1.0
+
+
+def fail_to_join(*_args):
+    raise RuntimeError(f"{harness.NO_MESH} with Connection closed by peer")
+
+
+def spoil_the_next_start():
+    harness._join = fail_to_join
+
+
+def test_pool_starts_again_where_gloo_did_not_connect_the_ranks(ranks):
+    """The case had not begun; fresh workers run it."""
+    pool = ranks(2)
+    pool.run(spoil_the_next_start)
+    assert pool.run(add_ranks, 1) == [(3.0, 0), (3.0, 1)]
 
 
 def test_relative_error_sees_nan_zero_and_scale():

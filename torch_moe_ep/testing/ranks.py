@@ -36,6 +36,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 DEFAULT_TIMEOUT_S = 60.0
 GRACE_S = 3.0
+NO_MESH = "Gloo connectFullMesh failed"  # at the start of a process group
 PRELOAD = (
     "torch",
     "torch.distributed.fsdp",
@@ -57,6 +58,10 @@ class RankFailure(RuntimeError):
     def __init__(self, message: str, results: dict[int, Any]) -> None:
         super().__init__(message)
         self.results = results
+
+
+class _NoMesh(RankFailure):
+    """Gloo did not connect the ranks of a group."""
 
 
 class RankPool:
@@ -110,6 +115,19 @@ class RankPool:
         Raises:
             RankFailure: a rank raised, died or did not answer in time.
         """
+        try:
+            return self._run(function, args, timeout_s, grace_s, arg_of_rank)
+        except _NoMesh:  # seen once in thousands of cases, on a busy machine: fresh workers
+            return self._run(function, args, timeout_s, grace_s, arg_of_rank)
+
+    def _run(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        timeout_s: float,
+        grace_s: float,
+        arg_of_rank: list[Any] | None,
+    ) -> list[Any]:
         if not self._workers:
             self._start()
         self._case += 1
@@ -175,7 +193,8 @@ class RankPool:
         limit = f"{grace_s:g} s of the failure" if failures else f"{timeout_s:g} s"
         message = self._report(function, limit, failures, sorted(waiting.values()))
         self._kill()
-        raise RankFailure(message, results)
+        has_mesh = all(NO_MESH not in text for text in failures.values())
+        raise (RankFailure if has_mesh else _NoMesh)(message, results)
 
     def _report(
         self, function: Callable[..., Any], limit: str, failures: dict[int, str],
