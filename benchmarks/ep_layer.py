@@ -11,8 +11,8 @@ over the mean), and the host's waits. Ranks that share a GPU talk over sockets: 
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ def measure_case(case: Case, settings: Settings, device: torch.device) -> Measur
     layers = layers_of(case, inputs, settings)
     candidates = [common.dense_gemm(device, torch.bfloat16)]
     candidates += [
-        common.Candidate(name, _runner(module, own), case.flops)
+        common.Candidate(name, partial(own.gradients_of, module), case.flops)
         for name, (module, own) in layers.items()
     ]
     timings = common.time_turn_about(
@@ -131,10 +131,6 @@ def measure_case(case: Case, settings: Settings, device: torch.device) -> Measur
         rows,
         {name: launches(own, module) for name, (module, own) in layers.items()},
     )
-
-
-def _runner(module: nn.Module, inputs: Inputs) -> Callable[[], object]:
-    return lambda: inputs.gradients_of(module)
 
 
 def rows_of(case: Case, settings: Settings, ranks: list[Measured]) -> list[dict[str, Any]]:

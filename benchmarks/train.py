@@ -18,8 +18,9 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -270,7 +271,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--num_chunks", type=int, default=1)
-    parser.add_argument("--output", type=common.Path)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--commit", default="", help="where there is no git checkout")
     parser.add_argument("--plot", action="store_true", help="write a PNG beside the result file")
 
@@ -284,9 +285,10 @@ def case_of(arguments: argparse.Namespace, most_layers: int) -> Case:
     num_gpus = torch.cuda.device_count()
     if num_gpus == 0:
         raise SystemExit("this benchmark needs a GPU, and no GPU is visible.")
-    fields = {name: getattr(arguments, name) for name in asdict(_smallest()) if name in arguments}
+    names = [field.name for field in fields(Case) if field.name in arguments]
+    asked = {name: getattr(arguments, name) for name in names}
     layers = arguments.layers or (most_layers if num_gpus > 1 else 2)
-    case = replace(_smallest(), **{**fields, "layers": layers})
+    case = replace(_smallest(), **{**asked, "layers": layers})
     case = replace(case, has_own_gpu=num_gpus >= case.ranks)
     memory = torch.cuda.get_device_properties(0).total_memory
     return fitted(case, memory if case.has_own_gpu else memory / case.ranks)

@@ -90,7 +90,7 @@ GPUS = {
             "h200-141gb",
             139.0 * GIB, 640e12, 4.16e12, 450e9, 50e9, 48e9, 256 * GIB,
             {
-                "memory": _CAPACITY,
+                "memory": "1 % below nvidia-smi's 143771 MiB; not read from torch here",
                 "matmul": "dense GEMM in benchmarks/results/2026-11-25-layer.json: 641 TFLOP/s",
                 "copy": "copy in benchmarks/results/2026-11-25-movement.json: 4155 GB/s",
                 "nvlink": _NVLINK4,
