@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -106,6 +107,20 @@ def test_transport_reports_bytes_of_every_exchange(ranks):
     assert sent.pop("torch_moe_ep all-gather dispatcher, there and back") == 64 * 16 * 4 * 2
     assert set(sent.values()) == {64 * 16 * 4} and len(sent) == 3
     assert {row["case"] for row in rows} == {f"P=2 T=64 H=16 K=2 E=8 ({transport.NOT_A_SPEED})"}
+
+
+def ends_its_process(case: transport.Case, device: torch.device) -> NoReturn:
+    """As NVSHMEM does."""
+    print(f"the library does not like {device}", file=sys.stderr, flush=True)
+    os._exit(255)
+
+
+def test_transport_says_why_a_library_ended_its_process(monkeypatch):
+    monkeypatch.setattr(transport, "vdev_exchanges_of", ends_its_process)
+    case = transport.Case(64, 16, 2, 8, runs=1, device_type="cpu", has_own_gpu=False)
+    (row,) = transport.vdev_rows(case, 2)
+    assert row["value"] == "did not run: the library does not like cpu"
+    assert row["name"] == transport.VDEV and row["case"] == f"P=2 {case}"
 
 
 def runs_on_ranks(min_seconds: float) -> int:
