@@ -221,9 +221,7 @@ def vdev_rows(case: Case, num_ranks: int) -> list[dict[str, Any]]:
     """Rows of `vdev_exchanges_of`; NVSHMEM ends the process where it does not like the GPUs."""
     try:
         with RankPool(num_ranks, backend="gloo" if case.device_type == "cpu" else "nccl") as pool:
-            rows: list[dict[str, Any]] = pool.run(
-                measure, case, vdev_exchanges_of, timeout_s=60
-            )[0]
+            rows: list[dict[str, Any]] = pool.run(measure, case, vdev_exchanges_of, timeout_s=60)[0]
             return rows
     except RankFailure as failure:
         reason = str(failure).strip().splitlines()[-1]
