@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "chunks/chunks.h"
-#include "chunks/layout.h"
+#include "chunks/segments.h"
 #include "chunks/transport.h"
 
 namespace torch_moe_ep {
@@ -38,16 +38,14 @@ struct ChunkBackward {
 };
 
 ChunkForward run_forward(ChunkTransport& transport,
-                         ChunkLayout& layout,
-                         const ChunkDevice& device,
+                         const ChunkSegments& segments,
                          const ChunkExperts& experts,
                          bool keep_rows,
                          bool keep_gate_up);
 
 // transport: of the output's gradient.
 ChunkBackward run_backward(ChunkTransport& transport,
-                           ChunkLayout& layout,
-                           const ChunkDevice& device,
+                           const ChunkSegments& segments,
                            const ChunkExperts& experts,
                            const KeptRows& kept,
                            double weight_grad_scale);

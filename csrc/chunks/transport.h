@@ -1,7 +1,9 @@
 // What the pipeline asks of a transport: rows of a chunk leave, and arrive, apart from each other.
 //
-// start_ issues and returns; finish_ makes the current stream (gloo: the host) wait for what was
-// started. Chunks are started in ascending order, each once and before it is finished.
+// Rows of all chunks lie in one buffer each way (chunks/segments.h); the experts
+// read and write a chunk's segments where they lie. start_ issues and returns; finish_ makes the
+// current stream (gloo: the host) wait for what was started. Chunks are started in ascending order,
+// each once, and finished in that order.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +21,19 @@ class ChunkTransport {
 
   // The chunk's tokens leave for their experts' ranks.
   virtual void start_dispatch(int64_t chunk) = 0;
-  // Its rows here, in expert order, padding rows zero, and their weights where tokens have some.
-  virtual ChunkRows finish_dispatch(int64_t chunk) = 0;
-  // The chunk's rows leave for their tokens' ranks, in the order of finish_dispatch.
-  virtual void start_combine(int64_t chunk, const ChunkRows& rows) = 0;
+  // Its rows lie in its segments of arrived(), and their weights where tokens have some; padding
+  // rows are zeros.
+  virtual void finish_dispatch(int64_t chunk) = 0;
+  // Rows [R, H], and weights [R] where tokens have some, of all chunks. Segments of chunks that are
+  // not finished hold anything. Asked for after start_dispatch(0).
+  virtual ChunkRows arrived() = 0;
+  // Where results are written before start_combine: rows [R, H], and weights [R] where rows go back
+  // with some. Asked for after start_dispatch(0).
+  virtual ChunkRows leaving() = 0;
+  // arrived() of all chunks in memory that lasts, for backward. Asked for when all are finished.
+  virtual ChunkRows kept() = 0;
+  // What lies in the chunk's segments of leaving() goes back to its tokens' ranks.
+  virtual void start_combine(int64_t chunk) = 0;
   // Of all chunks: sums over K [T, H], and the weights of copies [T, K] where rows had some.
   virtual ChunkRows finish_combine() = 0;
 };
