@@ -37,7 +37,7 @@ GroupedGemmParams params_of(const GroupedGemmShape& shape,
   params.a = a.const_data_ptr();
   params.b = b.const_data_ptr();
   params.out = out.mutable_data_ptr();
-  params.expert_offsets = expert_offsets.const_data_ptr<int64_t>();
+  params.segments.offsets = expert_offsets.const_data_ptr<int64_t>();
   return params;
 }
 

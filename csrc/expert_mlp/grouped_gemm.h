@@ -1,16 +1,16 @@
 // Grouped bf16 GEMMs over an expert-ordered buffer of rows: the contract that the sm_90a and the
 // generic kernels share. No torch here, raw device pointers only.
 //
-// Letters: R rows of the buffer (host-known bound), L local experts. Expert l owns the rows
-// [expert_offsets[l], expert_offsets[l + 1]); offsets are read on the device, never by the host.
-// Every offset is a multiple of kRowAlignment and expert_offsets[0] is 0; the padding rows at a
-// segment's end are finite (written zeros). Rows from expert_offsets[L] on are neither written nor
-// do they reach a result, whatever they hold.
+// Letters: R rows of the buffer (host-known bound), L local experts. Expert l has the rows
+// [segments.begin(l), segments.end(l)); offsets are read on the device, never by the host. Every
+// offset is a multiple of kRowAlignment and the first is 0; the padding rows at a segment's end are
+// finite (written zeros). Rows that no expert has, between segments or behind the last, are neither
+// written nor do they reach a result, whatever they hold.
 //
 //   layout  a         b           out          out =
 //   NT      [R, K]    [L, N, K]   [R, N]       a[r] b[l]^T      (forward)
 //   NN      [R, K]    [L, K, N]   [R, N]       a[r] b[l]        (gradient of the rows)
-//   TN      [R, M]    [R, N]      [L, M, N]    alpha * sum over r in segment l of a[r]^T b[r]
+//   TN      [R, M]    [R, N]      [L, M, N]    alpha * sum over r of expert l of a[r]^T b[r]
 //                                              (gradient of the weight; zeros for an empty expert)
 //
 // All tensors are contiguous bf16 (out of kAccumulate: fp32), accumulation is fp32 with one
@@ -21,6 +21,8 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+
+#include "expert_mlp/row_segments.h"
 
 namespace torch_moe_ep {
 
@@ -46,6 +48,9 @@ struct GroupedGemmShape {
   int64_t columns;                               // N, columns of out
   int64_t a_columns;                             // K of NT and NN, M of TN
   GemmEpilogue epilogue = GemmEpilogue::kPlain;  // sm_90a alone
+  int64_t num_parts = 1;  // parts that the R rows are split in, about equal; one of them is taken
+
+  int64_t rows_per_expert() const { return num_experts > 0 ? rows / (num_experts * num_parts) : 0; }
 };
 
 struct GroupedGemmParams {
@@ -53,8 +58,8 @@ struct GroupedGemmParams {
   const void* a;
   const void* b;
   void* out;
-  const int64_t* expert_offsets;  // device, [L + 1]
-  float alpha = 1.0f;             // TN alone
+  RowSegments segments;  // offsets: device
+  float alpha = 1.0f;    // TN alone
 
   // kSwiglu, kSwigluBackward
   void* activation = nullptr;          // bf16 [R, I]

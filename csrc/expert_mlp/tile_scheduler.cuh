@@ -1,4 +1,4 @@
-// Which tiles a CTA computes, from the device's expert offsets. Every role of the CTA walks the
+// Which tiles a CTA computes, from the device's segment offsets. Every role of the CTA walks the
 // same sequence by itself, so nothing is communicated.
 //
 // The unit is a super tile: what one cluster computes at once, (kClusterM x kBlockM) x
@@ -24,7 +24,8 @@ namespace torch_moe_ep {
 // In shared memory, filled once per CTA.
 struct ExpertTable {
   int tile_offsets[kMaxLocalExperts + 1];  // super tiles before expert l
-  int row_blocks[kMaxLocalExperts + 1];    // expert_offsets / kRowAlignment
+  int first_blocks[kMaxLocalExperts];      // where the expert's rows begin / kRowAlignment
+  int num_blocks[kMaxLocalExperts];        // how many they are / kRowAlignment
   uint32_t reciprocals[kMaxGroupM + 1];    // [d]: the least integer above 2^32 / d, for d >= 2
 };
 
@@ -47,11 +48,12 @@ __device__ inline void fill_expert_table(ExpertTable& table, const TileSpace& sp
     const int expert = first + lane;
     int tiles = 0;
     if (expert < space.num_experts) {
-      const int64_t begin = space.expert_offsets[expert];
-      const int rows = static_cast<int>(space.expert_offsets[expert + 1] - begin);
+      const int64_t begin = space.segments.begin(expert);
+      const int rows = static_cast<int>(space.segments.end(expert) - begin);
       const int tiles_m =
           space.fixed_tiles_m > 0 ? space.fixed_tiles_m : (rows + super_m - 1) / super_m;
-      table.row_blocks[expert] = static_cast<int>(begin / kRowAlignment);
+      table.first_blocks[expert] = static_cast<int>(begin / kRowAlignment);
+      table.num_blocks[expert] = rows / kRowAlignment;
       tiles = tiles_m * space.tiles_n;
     }
     int sum = tiles;
@@ -62,11 +64,7 @@ __device__ inline void fill_expert_table(ExpertTable& table, const TileSpace& sp
     if (expert < space.num_experts) table.tile_offsets[expert] = carry + sum - tiles;
     carry += __shfl_sync(0xffffffffu, sum, 31);
   }
-  if (lane == 0) {
-    table.tile_offsets[space.num_experts] = carry;
-    table.row_blocks[space.num_experts] =
-        static_cast<int>(space.expert_offsets[space.num_experts] / kRowAlignment);
-  }
+  if (lane == 0) table.tile_offsets[space.num_experts] = carry;
 }
 
 // kRunRows > 0 asks for space.fixed_tiles_m > 0.
@@ -124,8 +122,8 @@ class TileScheduler {
     if (expert_ >= space_.num_experts) return;
     const int begin = table_.tile_offsets[expert_];
     end_ = table_.tile_offsets[expert_ + 1];
-    row_begin_ = table_.row_blocks[expert_] * kRowAlignment;
-    num_rows_ = table_.row_blocks[expert_ + 1] * kRowAlignment - row_begin_;
+    row_begin_ = table_.first_blocks[expert_] * kRowAlignment;
+    num_rows_ = table_.num_blocks[expert_] * kRowAlignment;
     major_ = 0;
     minor_ = number_ - begin;
     minor_size_ = space_.group_m * space_.tiles_n;

@@ -4,12 +4,14 @@
 
 #include <cstdint>
 
+#include "expert_mlp/row_segments.h"
+
 namespace torch_moe_ep {
 
 inline constexpr int kMaxGroupM = 16;
 
 struct TileSpace {
-  const int64_t* expert_offsets;
+  RowSegments segments;
   int num_experts;
   int fixed_tiles_m;  // super tiles along M of every expert (TN); 0: from the rows of the expert
   int tiles_n;        // super tiles along N

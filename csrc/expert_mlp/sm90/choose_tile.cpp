@@ -84,13 +84,12 @@ TileConfig choose_weight_gradient_tile(const GroupedGemmShape& shape, int64_t ro
 }  // namespace
 
 bool fuses_swiglu_backward(const GroupedGemmShape& shape) {
-  return shape.layout == GemmLayout::kNN && shape.num_experts > 0 &&
-         shape.rows / shape.num_experts >= kFusedRows && shape.a_columns >= kLongK &&
-         !is_narrow_better(shape);
+  return shape.layout == GemmLayout::kNN && shape.rows_per_expert() >= kFusedRows &&
+         shape.a_columns >= kLongK && !is_narrow_better(shape);
 }
 
 TileConfig choose_tile(const GroupedGemmShape& shape) {
-  const int64_t rows_per_expert = shape.num_experts > 0 ? shape.rows / shape.num_experts : 0;
+  const int64_t rows_per_expert = shape.rows_per_expert();
   if (shape.layout == GemmLayout::kTN) return choose_weight_gradient_tile(shape, rows_per_expert);
   const bool is_pair = rows_per_expert >= kPairRows;
   if (shape.epilogue == GemmEpilogue::kSwigluBackward) return kPingPongPair;

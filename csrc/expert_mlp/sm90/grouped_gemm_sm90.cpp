@@ -162,7 +162,7 @@ cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params,
   const cudaError_t error = encode_all(params, tile, &args);
   if (error != cudaSuccess) return error;
   const int super_m = tile.block_m * tile.cluster_m;
-  args.space.expert_offsets = params.expert_offsets;
+  args.space.segments = params.segments;
   args.space.num_experts = static_cast<int>(s.num_experts);
   args.space.fixed_tiles_m = is_tn ? static_cast<int>(ceil_div(s.a_columns, super_m)) : 0;
   args.space.tiles_n =
