@@ -97,22 +97,38 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "float weight_grad_scale, int slots_per_pass, Tensor(a!) main_grad_gate_up, "
       "Tensor(b!) main_grad_down) -> (Tensor grad_rows, Tensor grad_row_weights)");
 
-  // Backward in two parts, for tokens in chunks. First what travels back, and what the weights'
+  // Forward of one chunk of tokens, whose rows lie in segments of buffers of all chunks.
+  m.def(
+      "expert_mlp_forward_chunk(Tensor rows, Tensor row_weights, Tensor segment_offsets, "
+      "Tensor host_offsets, int num_chunks, int chunk, Tensor gate_up, Tensor down, "
+      "int slots_per_pass, Tensor(a!) y, Tensor(b!)? z) -> ()");
+  // Its backward in two parts. First, of one chunk, what travels back, and what the weights'
   // gradients are made of: z is given, or rows to compute it again.
   m.def(
-      "expert_mlp_input_grads(Tensor grad_y, Tensor? rows, Tensor row_weights, Tensor? z, "
-      "Tensor expert_offsets, Tensor host_offsets, Tensor gate_up, Tensor down) "
-      "-> (Tensor grad_rows, Tensor grad_row_weights, Tensor grad_z, Tensor activation)");
-  // Then both weight gradients over all rows.
+      "expert_mlp_input_grads_chunk(Tensor grad_y, Tensor? rows, Tensor row_weights, Tensor? z, "
+      "Tensor segment_offsets, Tensor host_offsets, int num_chunks, int chunk, Tensor gate_up, "
+      "Tensor down, Tensor(a!) grad_rows, Tensor(b!) grad_row_weights, Tensor(c!) grad_z, "
+      "Tensor(d!) activation) -> ()");
+  // Then both weight gradients over the rows of all chunks.
   m.def(
       "expert_mlp_weight_grads(Tensor grad_y, Tensor rows, Tensor grad_z, Tensor activation, "
-      "Tensor expert_offsets, Tensor host_offsets, float weight_grad_scale) "
+      "Tensor segment_offsets, Tensor host_offsets, int num_chunks, float weight_grad_scale) "
       "-> (Tensor grad_gate_up, Tensor grad_down)");
+  // Both parts over all chunks at once, in passes.
+  m.def(
+      "expert_mlp_backward_chunks(Tensor grad_y, Tensor rows, Tensor row_weights, Tensor z, "
+      "Tensor segment_offsets, Tensor host_offsets, int num_chunks, Tensor gate_up, Tensor down, "
+      "float weight_grad_scale, int slots_per_pass, Tensor(a!) grad_rows, "
+      "Tensor(b!) grad_row_weights) -> (Tensor grad_gate_up, Tensor grad_down)");
 
   // One GEMM of them alone, bf16 on CUDA: a [R, K] with b [L, N, K] (layout NT) or [L, K, N] (NN)
   // -> [R, N]; a [R, M] with b [R, N] (TN) -> [L, M, N]. Contract: expert_mlp/grouped_gemm.h. For
   // tests and benchmarks; not differentiable.
-  m.def("grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, str layout) -> Tensor");
+  // With num_chunks expert_offsets has the segments of each expert in each chunk, of which only the
+  // chunk's rows are taken.
+  m.def(
+      "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, str layout, int num_chunks=1, "
+      "int chunk=0) -> Tensor");
   // The tile that the sm_90a kernels take for a shape: block M and N, ping-pong or not, cluster M
   // and N, B kept or not; [] where the epilogue swiglu_backward is not used. Builds with CUDA;
   // needs no GPU.

@@ -8,13 +8,14 @@
 // Everything is issued in this order on every rank, whatever its chunks hold, and nothing waits on
 // the host (gloo: for each exchange, when its rows are needed).
 //
-// What backward reads is kept in the order of the whole (dispatch/plan_chunks.h), so that it takes
-// the bytes that one chunk takes, and the sums over rows have one order. A chunk's GEMMs read and
-// write buffers in the chunk's own expert order; rows are copied between the two.
+// Rows, and what is made of them, lie in buffers of all chunks (chunks/segments.h): a chunk's GEMMs
+// read and write its segments in place, what backward keeps is these buffers, and the sums over
+// rows have one order.
 //
 // chunked_experts_forward(x [T, H], weights [T, K] fp32, plan, gate_up, down, ...) ->
 //   output [T, H]         as combine makes it.
-//   rows [R, H], row_weights [R]  received rows of all chunks; [0, H] and [0] unless keep_rows.
+//   rows [R, H], row_weights [R]  received rows of all chunks, in the order of their segments;
+//                         [0, H] and [0] unless keep_rows.
 //   z [R, 2I]             gate and up products; [0, 2I] unless keep_gate_up and in one pass.
 // chunked_experts_backward(grad_output [T, H], these, plan, gate_up, down, ...) ->
 //   grad_x [T, H], grad_weights [T, K], grad_gate_up [L, 2I, H], grad_down [L, H, I]

@@ -30,7 +30,7 @@ std::vector<at::Tensor> finish(std::optional<comm::RowExchange>& started) {
 
 }  // namespace
 
-CollectiveChunks::CollectiveChunks(const ChunkLayout& layout,
+CollectiveChunks::CollectiveChunks(ChunkLayout& layout,
                                    const ChunkDevice& device,
                                    ChunkStages stages,
                                    ChunkRows tokens,
@@ -43,9 +43,12 @@ CollectiveChunks::CollectiveChunks(const ChunkLayout& layout,
       is_packed_(send_buffer_.rows.defined()),
       dispatches_(layout.num_chunks()),
       returns_(layout.num_chunks()) {
-  if (is_packed_) return;
   const int64_t num_copies = layout_.plan().slot_of_copy.numel();
-  send_buffer_ = empty_rows(num_copies, tokens_.rows, tokens_.weights.defined());
+  const int64_t num_slots = layout_.segments().num_slots;
+  const bool have_weights = tokens_.weights.defined();
+  if (!is_packed_) send_buffer_ = empty_rows(num_copies, tokens_.rows, have_weights);
+  arrived_ = empty_rows(num_slots, tokens_.rows, have_weights);
+  leaving_ = empty_rows(num_slots, tokens_.rows, !have_weights);
 }
 
 // Copies of invalid ids, which are not sent, leave the end of a chunk's rows free.
@@ -71,36 +74,33 @@ void CollectiveChunks::start_dispatch(int64_t chunk) {
                              sizes.send_rows,
                              sizes.received_rows,
                              layout_.plan().group_name);
+  if (chunk == 0) layout_.place(device_);
   if (chunk + 1 < layout_.num_chunks()) return;
   tokens_ = {};  // what is still on its way is held by its exchange
   send_buffer_ = {};
 }
 
-ChunkRows CollectiveChunks::finish_dispatch(int64_t chunk) {
+void CollectiveChunks::finish_dispatch(int64_t chunk) {
   const comm::ScopedStage stage(stages_.dispatch);
   const auto received = finish(dispatches_[chunk]);
-  const ChunkRows found =
-      empty_rows(layout_.sizes(chunk).num_slots, received[0], received[1].defined());
   const Source source = {received[0], received[1], layout_.slot_of_received(chunk), 1};
   const Padding padding = layout_.padding(chunk);
-  device_.pack_rows_into(source, {found.rows, found.weights}, &padding);
-  return found;
+  device_.pack_rows_into(source, {arrived_.rows, arrived_.weights}, &padding);
 }
 
-void CollectiveChunks::start_combine(int64_t chunk, const ChunkRows& rows) {
+void CollectiveChunks::start_combine(int64_t chunk) {
   if (chunk > 0) finish_return(chunk - 1);
   const comm::ScopedStage stage(stages_.combine);
-  const bool has_weights = rows.weights.defined();
+  const bool has_weights = leaving_.weights.defined();
   if (!returned_.rows.defined()) {
-    returned_ = empty_rows(layout_.plan().slot_of_copy.numel(), rows.rows, has_weights);
+    returned_ = empty_rows(layout_.plan().slot_of_copy.numel(), leaving_.rows, has_weights);
   }
   const ExchangeSizes& sizes = layout_.sizes(chunk);
-  const Gathered leaving =
-      device_.gather_rows(rows.rows, given(rows.weights), layout_.slot_of_received(chunk), 1);
+  const Gathered sent = device_.gather_rows(
+      leaving_.rows, given(leaving_.weights), layout_.slot_of_received(chunk), 1);
   const ChunkRows into = cut(returned_, layout_.first_copy(chunk), sizes.num_sent);
   returns_[chunk].emplace(
-      std::vector<at::Tensor>{leaving.out,
-                              has_weights ? leaving.weights.reshape({-1}) : at::Tensor()},
+      std::vector<at::Tensor>{sent.out, has_weights ? sent.weights.reshape({-1}) : at::Tensor()},
       sizes.received_rows,
       sizes.send_rows,
       layout_.plan().group_name,

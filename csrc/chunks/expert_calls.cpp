@@ -2,11 +2,12 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "common/exchange_sizes.h"
+
 namespace torch_moe_ep {
 namespace {
 
 using Two = std::tuple<at::Tensor, at::Tensor>;
-using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using T = const at::Tensor&;
 using Maybe = const std::optional<at::Tensor>&;
 
@@ -17,75 +18,96 @@ auto find_operator(const char* name) {
 
 }  // namespace
 
-Two call_expert_mlp_forward(const at::Tensor& rows,
-                            const at::Tensor& row_weights,
-                            const ExpertSegments& segments,
-                            const at::Tensor& gate_up,
-                            const at::Tensor& down,
-                            int64_t slots_per_pass) {
+void call_forward(const ChunkSegments& segments,
+                  int64_t chunk,
+                  const ChunkRows& rows,
+                  const ChunkExperts& experts,
+                  const at::Tensor& y,
+                  const at::Tensor& z) {
   static const auto op =
-      find_operator<Two(T, T, T, T, T, T, int64_t)>("torch_moe_ep::expert_mlp_forward");
-  return op.call(rows,
-                 row_weights,
-                 segments.expert_offsets,
-                 segments.host_offsets,
-                 gate_up,
-                 down,
-                 slots_per_pass);
+      find_operator<void(T, T, T, T, int64_t, int64_t, T, T, int64_t, T, Maybe)>(
+          "torch_moe_ep::expert_mlp_forward_chunk");
+  op.call(rows.rows,
+          rows.weights,
+          segments.offsets,
+          segments.host_offsets,
+          segments.num_chunks,
+          chunk,
+          experts.gate_up,
+          experts.down,
+          experts.slots_per_pass,
+          y,
+          given(z));
 }
 
-Four call_expert_mlp_backward(const at::Tensor& grad_y,
-                              const at::Tensor& rows,
-                              const at::Tensor& row_weights,
-                              const at::Tensor& z,
-                              const ExpertSegments& segments,
-                              const at::Tensor& gate_up,
-                              const at::Tensor& down,
-                              double weight_grad_scale,
-                              int64_t slots_per_pass) {
-  static const auto op = find_operator<Four(T, T, T, T, T, T, T, T, double, int64_t)>(
-      "torch_moe_ep::expert_mlp_backward");
-  return op.call(grad_y,
-                 rows,
-                 row_weights,
-                 z,
-                 segments.expert_offsets,
-                 segments.host_offsets,
-                 gate_up,
-                 down,
-                 weight_grad_scale,
-                 slots_per_pass);
+void call_input_grads(const ChunkSegments& segments,
+                      int64_t chunk,
+                      const at::Tensor& grad_y,
+                      const ChunkRows& rows,
+                      const at::Tensor& z,
+                      const ChunkExperts& experts,
+                      const InputGradients& into) {
+  static const auto op =
+      find_operator<void(T, Maybe, T, Maybe, T, T, int64_t, int64_t, T, T, T, T, T, T)>(
+          "torch_moe_ep::expert_mlp_input_grads_chunk");
+  op.call(grad_y,
+          z.defined() ? std::nullopt : given(rows.rows),
+          rows.weights,
+          given(z),
+          segments.offsets,
+          segments.host_offsets,
+          segments.num_chunks,
+          chunk,
+          experts.gate_up,
+          experts.down,
+          into.rows,
+          into.row_weights,
+          into.z,
+          into.activation);
 }
 
-InputGradients call_input_grads(const at::Tensor& grad_y,
-                                const std::optional<at::Tensor>& rows,
-                                const at::Tensor& row_weights,
-                                const std::optional<at::Tensor>& z,
-                                const ExpertSegments& segments,
-                                const at::Tensor& gate_up,
-                                const at::Tensor& down) {
-  static const auto op =
-      find_operator<Four(T, Maybe, T, Maybe, T, T, T, T)>("torch_moe_ep::expert_mlp_input_grads");
-  auto [grad_rows, grad_row_weights, grad_z, activation] = op.call(
-      grad_y, rows, row_weights, z, segments.expert_offsets, segments.host_offsets, gate_up, down);
-  return {grad_rows, grad_row_weights, grad_z, activation};
+WeightGradients call_weight_grads(const ChunkSegments& segments,
+                                  const at::Tensor& grad_y,
+                                  const at::Tensor& rows,
+                                  const InputGradients& of_rows,
+                                  double weight_grad_scale) {
+  static const auto op = find_operator<Two(T, T, T, T, T, T, int64_t, double)>(
+      "torch_moe_ep::expert_mlp_weight_grads");
+  auto [gate_up, down] = op.call(grad_y,
+                                 rows,
+                                 of_rows.z,
+                                 of_rows.activation,
+                                 segments.offsets,
+                                 segments.host_offsets,
+                                 segments.num_chunks,
+                                 weight_grad_scale);
+  return {gate_up, down};
 }
 
-Two call_weight_grads(const at::Tensor& grad_y,
-                      const at::Tensor& rows,
-                      const at::Tensor& grad_z,
-                      const at::Tensor& activation,
-                      const ExpertSegments& segments,
-                      double weight_grad_scale) {
+WeightGradients call_backward_chunks(const ChunkSegments& segments,
+                                     const at::Tensor& grad_y,
+                                     const ChunkRows& rows,
+                                     const at::Tensor& z,
+                                     const ChunkExperts& experts,
+                                     double weight_grad_scale,
+                                     const ChunkRows& into) {
   static const auto op =
-      find_operator<Two(T, T, T, T, T, T, double)>("torch_moe_ep::expert_mlp_weight_grads");
-  return op.call(grad_y,
-                 rows,
-                 grad_z,
-                 activation,
-                 segments.expert_offsets,
-                 segments.host_offsets,
-                 weight_grad_scale);
+      find_operator<Two(T, T, T, T, T, T, int64_t, T, T, double, int64_t, T, T)>(
+          "torch_moe_ep::expert_mlp_backward_chunks");
+  auto [gate_up, down] = op.call(grad_y,
+                                 rows.rows,
+                                 rows.weights,
+                                 z,
+                                 segments.offsets,
+                                 segments.host_offsets,
+                                 segments.num_chunks,
+                                 experts.gate_up,
+                                 experts.down,
+                                 weight_grad_scale,
+                                 experts.slots_per_pass,
+                                 into.rows,
+                                 into.weights);
+  return {gate_up, down};
 }
 
 }  // namespace torch_moe_ep

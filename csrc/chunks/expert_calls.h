@@ -1,4 +1,4 @@
-// The operators of expert_mlp, called by name, with what comes back named.
+// The operators of expert_mlp for chunks, called by name.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,32 +7,17 @@
 #include <optional>
 #include <tuple>
 
+#include "chunks/chunks.h"
+#include "chunks/segments.h"
+
 namespace torch_moe_ep {
 
-struct ExpertSegments {
-  at::Tensor expert_offsets;
-  at::Tensor host_offsets;
+// The experts of this rank and how they compute.
+struct ChunkExperts {
+  at::Tensor gate_up;  // [L, 2I, H]
+  at::Tensor down;     // [L, H, I]
+  int64_t slots_per_pass;
 };
-
-// y [R, H] and z [R, 2I], or [0, 2I] in several passes.
-std::tuple<at::Tensor, at::Tensor> call_expert_mlp_forward(const at::Tensor& rows,
-                                                           const at::Tensor& row_weights,
-                                                           const ExpertSegments& segments,
-                                                           const at::Tensor& gate_up,
-                                                           const at::Tensor& down,
-                                                           int64_t slots_per_pass);
-
-// Gradients of rows, row weights, gate_up and down.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> call_expert_mlp_backward(
-    const at::Tensor& grad_y,
-    const at::Tensor& rows,
-    const at::Tensor& row_weights,
-    const at::Tensor& z,
-    const ExpertSegments& segments,
-    const at::Tensor& gate_up,
-    const at::Tensor& down,
-    double weight_grad_scale,
-    int64_t slots_per_pass);
 
 struct InputGradients {
   at::Tensor rows;
@@ -41,20 +26,42 @@ struct InputGradients {
   at::Tensor activation;  // no gradient: what the gradient of down is made of
 };
 
-InputGradients call_input_grads(const at::Tensor& grad_y,
-                                const std::optional<at::Tensor>& rows,
-                                const at::Tensor& row_weights,
-                                const std::optional<at::Tensor>& z,
-                                const ExpertSegments& segments,
-                                const at::Tensor& gate_up,
-                                const at::Tensor& down);
+struct WeightGradients {
+  at::Tensor gate_up;
+  at::Tensor down;
+};
 
-// Gradients of gate_up and down.
-std::tuple<at::Tensor, at::Tensor> call_weight_grads(const at::Tensor& grad_y,
-                                                     const at::Tensor& rows,
-                                                     const at::Tensor& grad_z,
-                                                     const at::Tensor& activation,
-                                                     const ExpertSegments& segments,
-                                                     double weight_grad_scale);
+// Writes y, and z where it is defined, of the chunk's rows.
+void call_forward(const ChunkSegments& segments,
+                  int64_t chunk,
+                  const ChunkRows& rows,
+                  const ChunkExperts& experts,
+                  const at::Tensor& y,
+                  const at::Tensor& z);
+
+// Writes the gradients of the chunk's rows. z, or undefined to compute it again from the rows.
+void call_input_grads(const ChunkSegments& segments,
+                      int64_t chunk,
+                      const at::Tensor& grad_y,
+                      const ChunkRows& rows,
+                      const at::Tensor& z,
+                      const ChunkExperts& experts,
+                      const InputGradients& into);
+
+// Over the rows of all chunks.
+WeightGradients call_weight_grads(const ChunkSegments& segments,
+                                  const at::Tensor& grad_y,
+                                  const at::Tensor& rows,
+                                  const InputGradients& of_rows,
+                                  double weight_grad_scale);
+
+// Both over the rows of all chunks, in passes; writes the rows and their weights of `into`.
+WeightGradients call_backward_chunks(const ChunkSegments& segments,
+                                     const at::Tensor& grad_y,
+                                     const ChunkRows& rows,
+                                     const at::Tensor& z,
+                                     const ChunkExperts& experts,
+                                     double weight_grad_scale,
+                                     const ChunkRows& into);
 
 }  // namespace torch_moe_ep

@@ -3,26 +3,17 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <cstdint>
-
 #include "chunks/chunks.h"
+#include "chunks/expert_calls.h"
 #include "chunks/segments.h"
 #include "chunks/transport.h"
 
 namespace torch_moe_ep {
 
-// The experts of this rank and how they compute.
-struct ChunkExperts {
-  at::Tensor gate_up;  // [L, 2I, H]
-  at::Tensor down;     // [L, H, I]
-  int64_t slots_per_pass;
-};
-
-// What backward reads, in the order of the whole.
+// What backward reads, of all chunks.
 struct KeptRows {
-  at::Tensor rows;
-  at::Tensor row_weights;
-  at::Tensor z;
+  ChunkRows arrived;  // [R, H] and [R]; or [0, H] and [0]
+  at::Tensor z;       // [R, 2I], or [0, 2I]
 };
 
 struct ChunkForward {

@@ -43,8 +43,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_forwa
       layout, kDevice, {"dispatch", "combine"}, {x.contiguous(), weights.contiguous()}, packed);
   const ChunkExperts experts = {gate_up, down, slots_per_pass};
   const ChunkForward found =
-      run_forward(transport, layout, kDevice, experts, keep_rows, keep_gate_up);
-  return {found.output, found.kept.rows, found.kept.row_weights, found.kept.z};
+      run_forward(transport, layout.segments(), experts, keep_rows, keep_gate_up);
+  return {found.output, found.kept.arrived.rows, found.kept.arrived.weights, found.kept.z};
 }
 
 template <const ChunkDevice& kDevice>
@@ -66,9 +66,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_backw
   check_dispatch(grad_output, std::nullopt, slot_of_copy, top_k);
   const c10::DeviceGuard guard(grad_output.device());
   ChunkLayout layout({slot_of_copy, counts, host_counts, top_k, row_alignment, group_name});
-  TORCH_CHECK_VALUE(rows.size(0) == layout.num_slots_of_whole(),
+  TORCH_CHECK_VALUE(rows.size(0) == layout.segments().num_slots,
                     "rows must be the ",
-                    layout.num_slots_of_whole(),
+                    layout.segments().num_slots,
                     " that chunked_experts_forward kept, got shape ",
                     rows.sizes());
   // The gradient of the results is dispatched, that of the rows combined.
@@ -78,10 +78,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_backw
                              {grad_output.contiguous(), at::Tensor()},
                              {});
   const ChunkBackward found = run_backward(transport,
-                                           layout,
-                                           kDevice,
+                                           layout.segments(),
                                            {gate_up, down, slots_per_pass},
-                                           {rows, row_weights, z},
+                                           {{rows, row_weights}, z},
                                            weight_grad_scale);
   return {found.x, found.weights, found.gate_up, found.down};
 }

@@ -20,16 +20,17 @@ namespace {
 constexpr int64_t kBytesPerTask = 1 << 16;
 
 // Zeros behind each expert's copies, up to the next segment.
-void write_padding(const Packed& packed,
-                   const at::Tensor& expert_offsets,
-                   const at::Tensor& counts,
-                   int64_t first_expert) {
-  const auto count = counts.accessor<int64_t, 2>();
-  const int64_t* offsets = expert_offsets.const_data_ptr<int64_t>();
-  for (int64_t l = 0; l + 1 < expert_offsets.numel(); ++l) {
-    int64_t first = offsets[l];
-    for (int64_t rank = 0; rank < counts.size(0); ++rank) first += count[rank][first_expert + l];
-    const int64_t length = offsets[l + 1] - first;
+void write_padding(const Packed& packed, const Padding& padding) {
+  const auto count = padding.counts.accessor<int64_t, 2>();
+  const int64_t* offsets = padding.expert_offsets.const_data_ptr<int64_t>();
+  const int64_t num_local = (padding.expert_offsets.numel() - 1) / padding.num_chunks;
+  for (int64_t l = 0; l < num_local; ++l) {
+    const int64_t segment = l * padding.num_chunks + padding.chunk;
+    int64_t first = offsets[segment];
+    for (int64_t source = 0; source < padding.counts.size(0); ++source) {
+      first += count[source][padding.rank * num_local + l];
+    }
+    const int64_t length = offsets[segment + 1] - first;
     packed.rows.narrow(0, first, length).zero_();
     const bool has_weights = packed.row_weights.defined() && packed.row_weights.numel() > 0;
     if (has_weights) packed.row_weights.narrow(0, first, length).zero_();
@@ -77,9 +78,7 @@ void pack_rows_into_cpu(const Source& source, const Packed& into, const Padding*
       if (weight != nullptr) row_weight[slot[n]] = weight[n];
     }
   });
-  if (padding == nullptr) return;
-  const int64_t num_local = padding->expert_offsets.numel() - 1;
-  write_padding(into, padding->expert_offsets, padding->counts, padding->rank * num_local);
+  if (padding != nullptr) write_padding(into, *padding);
 }
 
 std::tuple<at::Tensor, at::Tensor> dispatch_cpu(const at::Tensor& x,
@@ -95,11 +94,11 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cpu(const at::Tensor& x,
                                                 const std::optional<at::Tensor>& send_rows,
                                                 const std::optional<at::Tensor>& send_weights) {
   check_dispatch(x, weights, slot_of_copy, top_k);
-  const int64_t num_local = expert_offsets.numel() - 1;
   if (group_name.empty()) {
-    const int64_t num_slots = slot_bound(slot_of_copy.numel(), num_local, row_alignment);
+    const int64_t num_slots =
+        slot_bound(slot_of_copy.numel(), expert_offsets.numel() - 1, row_alignment);
     const Packed packed = pack_rows_cpu(x, weights, slot_of_copy, top_k, num_slots);
-    write_padding(packed, expert_offsets, counts, 0);
+    write_padding(packed, {expert_offsets, counts, 0, row_alignment});
     return {packed.rows, packed.row_weights};
   }
   const comm::ScopedStage stage("dispatch");
@@ -119,7 +118,7 @@ std::tuple<at::Tensor, at::Tensor> dispatch_cpu(const at::Tensor& x,
                             group_name);
   const Packed packed =
       pack_rows_cpu(received[0], given(received[1]), slot_of_received, 1, sizes.num_slots);
-  write_padding(packed, expert_offsets, counts, rank * num_local);
+  write_padding(packed, {expert_offsets, counts, rank, row_alignment});
   return {packed.rows, packed.row_weights};
 }
 

@@ -106,7 +106,7 @@ void pack_rows_into_cuda(const Source& source, const Packed& into, const Padding
   params.copies_per_source = static_cast<int>(source.copies_per_source);
   params.row_bytes = source.rows.size(1) * source.rows.element_size();
   if (padding != nullptr) {
-    const int64_t num_local = padding->expert_offsets.numel() - 1;
+    const int64_t num_local = (padding->expert_offsets.numel() - 1) / padding->num_chunks;
     params.expert_offsets = padding->expert_offsets.const_data_ptr<int64_t>();
     params.counts = padding->counts.const_data_ptr<int64_t>();
     params.num_ranks = static_cast<int>(padding->counts.size(0));
@@ -114,6 +114,8 @@ void pack_rows_into_cuda(const Source& source, const Packed& into, const Padding
     params.num_local_experts = static_cast<int>(num_local);
     params.first_expert = static_cast<int>(padding->rank * num_local);
     params.row_alignment = static_cast<int>(padding->row_alignment);
+    params.num_chunks = static_cast<int>(padding->num_chunks);
+    params.chunk = static_cast<int>(padding->chunk);
   }
   C10_CUDA_CHECK(launch_pack_rows(params, at::cuda::getCurrentCUDAStream()));
 }

@@ -202,83 +202,65 @@ __global__ void __launch_bounds__(kPlaceThreads) place_received(const ReceivedPl
   }
 }
 
-// As place_received, for one chunk. A run is what a source rank sends to a local expert in this
-// chunk: its rows follow each other in the chunk's buffer and in that of all chunks.
-// Example: 1 rank, 1 expert, counts of two chunks [[2]] and [[3]]: chunk 1 has the slots 0 1 2 of
-// its buffer and 2 3 4 of the whole.
-__global__ void __launch_bounds__(kPlaceThreads) place_chunk(const ChunkReceivedPlaces p) {
-  __shared__ int64_t run_counts[kMaxExperts];    // of this chunk
-  __shared__ int64_t whole_counts[kMaxExperts];  // of all chunks
+// As place_received, for the chunk blockIdx.z.
+// Example: 1 rank, 2 experts, counts of two chunks [[2, 1]] and [[1, 3]], alignment 1: segments
+// begin at 0 2 3 4, received rows e0 e0 e1 of chunk 0 go to slots 0 1 3, e0 e1 e1 e1 of chunk 1 to
+// 2 4 5 6.
+__global__ void __launch_bounds__(kPlaceThreads) place_chunks(const ChunkReceivedPlaces p) {
+  __shared__ int64_t run_counts[kMaxExperts];  // of this chunk
   __shared__ int64_t scratch[kPlaceWarps];
   __shared__ int64_t first_received;
   __shared__ int64_t first_slot;
-  __shared__ int64_t first_whole;
   const int thread = static_cast<int>(threadIdx.x);
   const int num_local = p.num_experts / p.num_ranks;
   const int this_run = static_cast<int>(blockIdx.x);
   const int this_source = this_run / num_local;
   const int this_expert = this_run % num_local;
+  const int this_chunk = static_cast<int>(blockIdx.z);
+  const auto count_of = [&p, num_local](int chunk, int source, int expert) {
+    return p.counts[(static_cast<int64_t>(chunk) * p.num_ranks + source) * p.num_experts +
+                    p.rank * num_local + expert];
+  };
 
   int64_t count = 0;
   int64_t earlier_chunks = 0;
   if (thread < p.num_experts) {
-    const int source = thread / num_local;
-    const int expert = p.rank * num_local + thread % num_local;
-    int64_t whole = 0;
-    for (int chunk = 0; chunk < p.num_chunks; ++chunk) {
-      const int64_t of_chunk =
-          p.counts[(static_cast<int64_t>(chunk) * p.num_ranks + source) * p.num_experts + expert];
-      if (chunk < p.chunk) earlier_chunks += of_chunk;
-      if (chunk == p.chunk) count = of_chunk;
-      whole += of_chunk;
+    const int source = thread / num_local, expert = thread % num_local;
+    for (int chunk = 0; chunk < this_chunk; ++chunk) {
+      earlier_chunks += count_of(chunk, source, expert);
     }
+    count = count_of(this_chunk, source, expert);
     run_counts[thread] = count;
-    whole_counts[thread] = whole;
   }
   int64_t total = 0;
   const int64_t received = block_exclusive_sum<kPlaceThreads>(count, scratch, &total);
-  if (thread == this_run) {
-    first_received = received;
-    first_whole = earlier_chunks;
-  }
+  block_exclusive_sum<kPlaceThreads>(earlier_chunks, scratch, &total);
+  if (thread == this_run) first_received = total + received;
 
-  int64_t length = 0;
-  int64_t whole_length = 0;
-  int64_t before = 0;
-  int64_t whole_before = 0;
+  int64_t length = 0;  // of the expert's segments
+  int64_t before = 0;  // those of earlier chunks
+  int64_t earlier_sources = 0;
   if (thread < num_local) {
-    for (int source = 0; source < p.num_ranks; ++source) {
-      if (source == this_source) {
-        before = length;
-        whole_before = whole_length;
-      }
-      length += run_counts[source * num_local + thread];
-      whole_length += whole_counts[source * num_local + thread];
+    for (int chunk = 0; chunk < p.num_chunks; ++chunk) {
+      if (chunk == this_chunk) before = length;
+      int64_t rows = 0;
+      for (int source = 0; source < p.num_ranks; ++source) rows += count_of(chunk, source, thread);
+      length += round_up(rows, p.row_alignment);
+    }
+    for (int source = 0; source < this_source; ++source) {
+      earlier_sources += run_counts[source * num_local + thread];
     }
   }
-  const int64_t offset =
-      block_exclusive_sum<kPlaceThreads>(round_up(length, p.row_alignment), scratch, &total);
-  int64_t whole_total = 0;
-  const int64_t whole_offset = block_exclusive_sum<kPlaceThreads>(
-      round_up(whole_length, p.row_alignment), scratch, &whole_total);
-  if (thread == this_expert) {
-    first_slot = offset + before;
-    first_whole += whole_offset + whole_before;
-  }
+  const int64_t offset = block_exclusive_sum<kPlaceThreads>(length, scratch, &total) + before;
+  if (thread == this_expert) first_slot = offset + earlier_sources;
   if (this_run == 0 && blockIdx.y == 0) {
-    int64_t* offsets = p.expert_offsets + static_cast<int64_t>(p.chunk) * (num_local + 1);
-    int64_t* whole_offsets =
-        p.expert_offsets + static_cast<int64_t>(p.num_chunks) * (num_local + 1);
-    if (thread < num_local) offsets[thread] = offset;
-    if (thread == 0) offsets[num_local] = total;
-    if (p.chunk == 0 && thread < num_local) whole_offsets[thread] = whole_offset;
-    if (p.chunk == 0 && thread == 0) whole_offsets[num_local] = whole_total;
+    if (thread < num_local) p.segment_offsets[thread * p.num_chunks + this_chunk] = offset;
+    if (thread == 0) p.segment_offsets[num_local * p.num_chunks] = total;
   }
   __syncthreads();
   const int64_t stride = static_cast<int64_t>(gridDim.y) * kPlaceThreads;
   for (int64_t i = blockIdx.y * kPlaceThreads + thread; i < run_counts[this_run]; i += stride) {
     p.slot_of_received[first_received + i] = first_slot + i;
-    p.whole_of_slot[first_slot + i] = first_whole + i;
   }
 }
 
@@ -326,8 +308,10 @@ __device__ void zero_part(const PackedRows& p, const RowPart& part, int64_t row_
   for (int source = 0; source < p.num_ranks; ++source) {
     count += p.counts[static_cast<int64_t>(source) * p.num_experts + p.first_expert + expert];
   }
-  const int64_t slot = p.expert_offsets[expert] + count + part.row % places;
-  if (slot >= p.expert_offsets[expert + 1]) return;
+  const int64_t* segment =
+      p.expert_offsets + static_cast<int64_t>(expert) * p.num_chunks + p.chunk;
+  const int64_t slot = segment[0] + count + part.row % places;
+  if (slot >= segment[1]) return;
   if (p.row_weights != nullptr && part.first_word == 0 && lane == 0) p.row_weights[slot] = 0.0f;
   Word* target = static_cast<Word*>(p.rows) + slot * row_words;
 #pragma unroll
@@ -394,9 +378,10 @@ cudaError_t launch_place_received(const ReceivedPlaces& places, cudaStream_t str
   return cudaGetLastError();
 }
 
-cudaError_t launch_place_chunk(const ChunkReceivedPlaces& places, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(places.num_experts), 8);
-  place_chunk<<<grid, kPlaceThreads, 0, stream>>>(places);
+cudaError_t launch_place_chunks(const ChunkReceivedPlaces& places, cudaStream_t stream) {
+  const dim3 grid(
+      static_cast<unsigned>(places.num_experts), 8, static_cast<unsigned>(places.num_chunks));
+  place_chunks<<<grid, kPlaceThreads, 0, stream>>>(places);
   return cudaGetLastError();
 }
 

@@ -47,8 +47,8 @@ struct ReceivedPlaces {
 
 cudaError_t launch_place_received(const ReceivedPlaces& places, cudaStream_t stream);
 
-// The same for one chunk of a plan in chunks, and where its rows are in the buffer of all chunks,
-// whose segments are ordered by source rank, then by chunk.
+// The same for all chunks of a plan in chunks: each expert has a segment for each chunk, one behind
+// the other.
 struct ChunkReceivedPlaces {
   const int64_t* counts;  // [num_chunks, num_ranks, num_experts]
   int num_chunks;
@@ -56,14 +56,11 @@ struct ChunkReceivedPlaces {
   int num_experts;
   int rank;
   int row_alignment;
-  int chunk;
-  int64_t*
-      slot_of_received;     // [received in this chunk], rank-major, inside a rank ascending expert
-  int64_t* whole_of_slot;   // [slots of this chunk]; those of padding are left as they are
-  int64_t* expert_offsets;  // [num_chunks + 1, L + 1]: row `chunk`, and the last row by chunk 0
+  int64_t* slot_of_received;  // [received], chunk after chunk, in each as in ReceivedPlaces
+  int64_t* segment_offsets;   // [L * num_chunks + 1]
 };
 
-cudaError_t launch_place_chunk(const ChunkReceivedPlaces& places, cudaStream_t stream);
+cudaError_t launch_place_chunks(const ChunkReceivedPlaces& places, cudaStream_t stream);
 
 // Writes rows[slot_of_copy[s * copies_per_source + k]] = source[s] for all k, and zeros into the
 // padding rows at the end of each expert's segment.
@@ -77,13 +74,15 @@ struct PackedRows {
   int copies_per_source;  // at most kMaxTopK
   int64_t row_bytes;
   // Padding; expert_offsets null: rows have none.
-  const int64_t* expert_offsets;  // [num_local_experts + 1]
-  const int64_t* counts;          // [num_ranks, num_experts]
+  const int64_t* expert_offsets;  // [num_local_experts * num_chunks + 1]
+  const int64_t* counts;          // [num_ranks, num_experts], of the chunk
   int num_ranks;
   int num_experts;
   int first_expert;  // global id of the first local expert
   int num_local_experts;
   int row_alignment;
+  int num_chunks;  // segments of each expert, of which number `chunk` is padded
+  int chunk;
 };
 
 cudaError_t launch_pack_rows(const PackedRows& packed, cudaStream_t stream);

@@ -22,10 +22,12 @@ struct Source {
 
 // Where zeros are written behind each expert's copies, up to the next segment.
 struct Padding {
-  at::Tensor expert_offsets;
-  at::Tensor counts;  // [P, E]
+  at::Tensor expert_offsets;  // [L + 1], or [L * num_chunks + 1] with a segment for each chunk
+  at::Tensor counts;          // [P, E], of the chunk
   int64_t rank;
   int64_t row_alignment;
+  int64_t num_chunks = 1;
+  int64_t chunk = 0;
 };
 
 // rows[slot_of_copy[s * copies_per_source + k]] = source.rows[s], and likewise the weights; a slot

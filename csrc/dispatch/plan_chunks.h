@@ -1,7 +1,8 @@
 // plan_chunks: where each copy goes when a rank's tokens travel in C chunks (common/chunk_sizes.h).
 //
-// Letters as in dispatch/dispatch.h. Each chunk is dispatched for itself, to a buffer of its own in
-// expert order; the whole is the buffer that one chunk would have.
+// Letters as in dispatch/dispatch.h. The rows that a rank receives lie in one buffer of R slots,
+// ordered expert, chunk, source rank, copy: each local expert has a segment for each chunk, padded
+// to row_alignment.
 //
 // plan_chunks(expert_ids [T, K] int64, num_experts, num_chunks, ...) ->
 //   slot_of_copy [N]       the copy's row in the send buffer [N, H], in which chunk c begins at row
@@ -12,7 +13,7 @@
 //   send_rows, send_weights  with x and weights: the send buffer, packed while the counts travel.
 //
 // Collective over the group, of two ranks or more: one exchange of counts for all chunks, one host
-// wait (CUDA). Errors as of plan, with max_rows for the whole; also num_chunks below 1.
+// wait (CUDA). Errors as of plan, with max_rows for all chunks; also num_chunks below 1.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -43,11 +44,17 @@ inline at::Tensor counts_by_chunk(const at::Tensor& gathered, int64_t num_chunks
       .contiguous();
 }
 
-// Where the rows of all chunks are that this rank received; made of the counts alone.
+// Slots that the rank needs that needs most. host_counts [C, P, E].
+int64_t largest_num_slots(const at::Tensor& host_counts, int64_t row_alignment);
+
+// First slot of each segment (l, c) of a rank, l C + c being its number, and the end: [L * C + 1] on
+// the CPU.
+at::Tensor segment_offsets_of(const at::Tensor& host_counts, int64_t rank, int64_t row_alignment);
+
+// Where the rows are that this rank received; made of the counts alone.
 struct ChunkPlaces {
-  at::Tensor expert_offsets;                 // [C + 1, L + 1] of each chunk, then of the whole
-  std::vector<at::Tensor> slot_of_received;  // of each chunk [received]: rank-major, its slots
-  std::vector<at::Tensor> whole_of_slot;  // of each chunk [slots]: slot of the whole; -1: padding
+  at::Tensor segment_offsets;                // [L * C + 1]
+  std::vector<at::Tensor> slot_of_received;  // of each chunk [received]: rank-major
 };
 
 // sizes: of each chunk.

@@ -1,6 +1,7 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <utility>
@@ -9,6 +10,7 @@
 #include "comm/collective.h"
 #include "comm/label.h"
 #include "common/chunk_sizes.h"
+#include "common/segments.h"
 #include "dispatch/dispatch.h"
 #include "dispatch/pack_cpu.h"
 #include "dispatch/plan_chunks.h"
@@ -59,69 +61,54 @@ at::Tensor place_copies_of(const std::vector<Chunk>& chunks,
   return at::cat(slots);
 }
 
-// First slots of a chunk's runs, and of the same rows in the whole: [L][P] each.
-struct Runs {
-  std::vector<int64_t> first_slot;
-  std::vector<int64_t> first_whole;
-};
-
-// own [C, P, L]: rows of each chunk from each rank for each local expert.
-Runs runs_of(const at::Tensor& own,
-             int64_t chunk,
-             const std::vector<int64_t>& offsets,
-             const std::vector<int64_t>& whole_offsets) {
-  const auto count = own.accessor<int64_t, 3>();
-  Runs runs;
-  for (int64_t l = 0; l < own.size(2); ++l) {
-    int64_t slot = offsets[l];
-    int64_t whole = whole_offsets[l];
-    for (int64_t source = 0; source < own.size(1); ++source) {
-      runs.first_slot.push_back(slot);
-      slot += count[chunk][source][l];
-      for (int64_t other = 0; other < own.size(0); ++other) {
-        if (other == chunk) runs.first_whole.push_back(whole);
-        whole += count[other][source][l];
-      }
-    }
-  }
-  return runs;
-}
-
 }  // namespace
 
-ChunkPlaces place_chunks_cpu(const at::Tensor& counts,
-                             const std::vector<ExchangeSizes>& sizes,
-                             int64_t rank,
-                             int64_t row_alignment) {
-  const int64_t num_chunks = counts.size(0), num_ranks = counts.size(1);
-  const int64_t num_local = counts.size(2) / num_ranks;
-  const at::Tensor own = counts.narrow(2, rank * num_local, num_local);
-  const auto count = own.accessor<int64_t, 3>();
-  const auto whole_offsets = local_offsets(counts.sum(0), rank, row_alignment);
-  ChunkPlaces places;
-  std::vector<at::Tensor> expert_offsets;
-  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-    const auto offsets = local_offsets(counts.select(0, chunk), rank, row_alignment);
-    const Runs runs = runs_of(own, chunk, offsets, whole_offsets);
-    const at::Tensor slot_of_received = at::empty({sizes[chunk].num_received}, counts.options());
-    const at::Tensor whole_of_slot = at::full({sizes[chunk].num_slots}, -1, counts.options());
-    int64_t* slot = slot_of_received.mutable_data_ptr<int64_t>();
-    int64_t* whole = whole_of_slot.mutable_data_ptr<int64_t>();
-    for (int64_t source = 0; source < num_ranks; ++source) {
-      for (int64_t l = 0; l < num_local; ++l) {
-        const int64_t run = l * num_ranks + source;
-        for (int64_t i = 0; i < count[chunk][source][l]; ++i) {
-          *slot++ = runs.first_slot[run] + i;
-          whole[runs.first_slot[run] + i] = runs.first_whole[run] + i;
-        }
+int64_t largest_num_slots(const at::Tensor& host_counts, int64_t row_alignment) {
+  const auto count = host_counts.accessor<int64_t, 3>();
+  const int64_t num_ranks = host_counts.size(1), num_local = host_counts.size(2) / num_ranks;
+  std::vector<int64_t> num_slots(num_ranks, 0);
+  for (int64_t chunk = 0; chunk < host_counts.size(0); ++chunk) {
+    for (int64_t expert = 0; expert < host_counts.size(2); ++expert) {
+      int64_t rows = 0;
+      for (int64_t source = 0; source < num_ranks; ++source) rows += count[chunk][source][expert];
+      num_slots[expert / num_local] += round_up(rows, row_alignment);
+    }
+  }
+  return *std::max_element(num_slots.begin(), num_slots.end());
+}
+
+at::Tensor segment_offsets_of(const at::Tensor& host_counts, int64_t rank, int64_t row_alignment) {
+  const auto count = host_counts.accessor<int64_t, 3>();
+  const int64_t num_chunks = host_counts.size(0), num_ranks = host_counts.size(1);
+  const int64_t num_local = host_counts.size(2) / num_ranks;
+  std::vector<int64_t> lengths;
+  for (int64_t l = 0; l < num_local; ++l) {
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      int64_t& length = lengths.emplace_back(0);
+      for (int64_t source = 0; source < num_ranks; ++source) {
+        length += count[chunk][source][rank * num_local + l];
       }
     }
-    places.slot_of_received.push_back(slot_of_received);
-    places.whole_of_slot.push_back(whole_of_slot);
-    expert_offsets.push_back(at::tensor(offsets, counts.options()));
   }
-  expert_offsets.push_back(at::tensor(whole_offsets, counts.options()));
-  places.expert_offsets = at::stack(expert_offsets);
+  return at::tensor(offsets_of(lengths.data(), num_local * num_chunks, row_alignment),
+                    host_counts.options());
+}
+
+ChunkPlaces place_chunks_cpu(const at::Tensor& counts,
+                             const std::vector<ExchangeSizes>& /*sizes*/,
+                             int64_t rank,
+                             int64_t row_alignment) {
+  const int64_t num_chunks = counts.size(0);
+  ChunkPlaces places = {segment_offsets_of(counts, rank, row_alignment), {}};
+  const int64_t* offsets = places.segment_offsets.const_data_ptr<int64_t>();
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+    std::vector<int64_t> next_slot;
+    for (int64_t s = chunk; s + 1 < places.segment_offsets.numel(); s += num_chunks) {
+      next_slot.push_back(offsets[s]);
+    }
+    places.slot_of_received.push_back(
+        place_received(counts.select(0, chunk), rank, std::move(next_slot)));
+  }
   return places;
 }
 
@@ -156,8 +143,7 @@ ChunkPlanTensors plan_chunks_cpu(const at::Tensor& expert_ids,
   const at::Tensor gathered = exchange.wait().counts;
   check_ids(gathered.select(1, num_numbers), num_experts);
   const at::Tensor counts = counts_by_chunk(gathered.narrow(1, 0, num_numbers), num_chunks);
-  const int64_t rank = comm::group_rank(group_name);
-  check_max_rows(exchange_sizes(counts.sum(0), rank, row_alignment).largest_num_slots, max_rows);
+  check_max_rows(largest_num_slots(counts, row_alignment), max_rows);
   return {slot_of_copy, counts, counts.clone(), sent.rows, sent.row_weights};
 }
 

@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -61,28 +62,23 @@ ChunkPlaces place_chunks_cuda(const at::Tensor& counts,
                               const std::vector<ExchangeSizes>& sizes,
                               int64_t rank,
                               int64_t row_alignment) {
-  const int64_t num_local = counts.size(2) / counts.size(1);
-  ChunkPlaces places;
-  places.expert_offsets = at::empty({counts.size(0) + 1, num_local + 1}, counts.options());
+  const int64_t num_chunks = counts.size(0), num_local = counts.size(2) / counts.size(1);
+  std::vector<int64_t> num_received;
+  for (const ExchangeSizes& chunk : sizes) num_received.push_back(chunk.num_received);
+  const int64_t total = std::accumulate(num_received.begin(), num_received.end(), int64_t{0});
+  const at::Tensor slot_of_received = at::empty({total}, counts.options());
+  const at::Tensor segment_offsets = at::empty({num_local * num_chunks + 1}, counts.options());
   ChunkReceivedPlaces params = {};
   params.counts = counts.const_data_ptr<int64_t>();
-  params.num_chunks = static_cast<int>(counts.size(0));
+  params.num_chunks = static_cast<int>(num_chunks);
   params.num_ranks = static_cast<int>(counts.size(1));
   params.num_experts = static_cast<int>(counts.size(2));
   params.rank = static_cast<int>(rank);
   params.row_alignment = static_cast<int>(row_alignment);
-  params.expert_offsets = places.expert_offsets.mutable_data_ptr<int64_t>();
-  for (int chunk = 0; chunk < params.num_chunks; ++chunk) {
-    const at::Tensor slot_of_received = at::empty({sizes[chunk].num_received}, counts.options());
-    const at::Tensor whole_of_slot = at::full({sizes[chunk].num_slots}, -1, counts.options());
-    params.chunk = chunk;
-    params.slot_of_received = slot_of_received.mutable_data_ptr<int64_t>();
-    params.whole_of_slot = whole_of_slot.mutable_data_ptr<int64_t>();
-    C10_CUDA_CHECK(launch_place_chunk(params, at::cuda::getCurrentCUDAStream()));
-    places.slot_of_received.push_back(slot_of_received);
-    places.whole_of_slot.push_back(whole_of_slot);
-  }
-  return places;
+  params.slot_of_received = slot_of_received.mutable_data_ptr<int64_t>();
+  params.segment_offsets = segment_offsets.mutable_data_ptr<int64_t>();
+  C10_CUDA_CHECK(launch_place_chunks(params, at::cuda::getCurrentCUDAStream()));
+  return {segment_offsets, slot_of_received.split_with_sizes(num_received)};
 }
 
 ChunkPlanTensors plan_chunks_cuda(const at::Tensor& expert_ids,
@@ -110,9 +106,7 @@ ChunkPlanTensors plan_chunks_cuda(const at::Tensor& expert_ids,
   // The one host wait of a layer's forward.
   const auto [gathered, host_gathered] = exchange.wait();
   const at::Tensor host_counts = counts_by_chunk(host_gathered, num_chunks);
-  const int64_t rank = comm::group_rank(group_name);
-  check_max_rows(exchange_sizes(host_counts.sum(0), rank, row_alignment).largest_num_slots,
-                 max_rows);
+  check_max_rows(largest_num_slots(host_counts, row_alignment), max_rows);
   return {copies.slot_of_copy,
           counts_by_chunk(gathered, num_chunks),
           host_counts,

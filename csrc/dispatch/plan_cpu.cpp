@@ -66,12 +66,6 @@ std::vector<int64_t> local_offsets(const at::Tensor& counts, int64_t rank, int64
   return offsets_of(lengths.data(), num_local, alignment);
 }
 
-namespace {
-
-at::Tensor to_tensor(const std::vector<int64_t>& values) {
-  return at::tensor(values, at::TensorOptions().dtype(at::kLong));
-}
-
 // Rows arrive rank-major and inside a rank by ascending expert; segments are expert-major.
 // Example: 2 ranks, 2 local experts, counts [[1, 2], [3, 1]], alignment 1: received rows
 // r0e0 r0e1 r0e1 r1e0 r1e0 r1e0 r1e1 go to slots 0 4 5 1 2 3 6.
@@ -87,6 +81,12 @@ at::Tensor place_received(const at::Tensor& counts, int64_t rank, std::vector<in
     }
   }
   return slot_of_received;
+}
+
+namespace {
+
+at::Tensor to_tensor(const std::vector<int64_t>& values) {
+  return at::tensor(values, at::TensorOptions().dtype(at::kLong));
 }
 
 Packed pack_tokens(const at::Tensor& x,

@@ -20,6 +20,10 @@ std::vector<int64_t> offsets_of(const int64_t* lengths, int64_t num_experts, int
 // Ascending copies get ascending slots of their expert's segment.
 at::Tensor place_copies(const at::Tensor& expert_ids, std::vector<int64_t> next_slot);
 
+// Slot of each received row, rows being rank-major; next_slot: the first of each local expert.
+// counts [P, E].
+at::Tensor place_received(const at::Tensor& counts, int64_t rank, std::vector<int64_t> next_slot);
+
 // First slot of each local expert's segment, and the end. counts [P, E].
 std::vector<int64_t> local_offsets(const at::Tensor& counts, int64_t rank, int64_t alignment);
 

@@ -4,28 +4,30 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <vector>
 
+#include "expert_mlp/expert_segments.h"
 #include "expert_mlp/gemm_choice.h"
 
 namespace torch_moe_ep {
 
 // The GEMMs of one set of expert segments. All tensors are contiguous, of one dtype, on the device
-// of expert_offsets. Letters as in grouped_gemm.h.
+// of the offsets. Letters as in grouped_gemm.h. Rows that no expert has are left unwritten.
 //
-// Host sync: none with the hand-written kernels and with torch's _grouped_mm. The loop over experts
-// (float32, float16, odd sizes) needs host_offsets; when those are empty it copies expert_offsets
-// to the host once for the object's life, which waits for the stream.
+// Host sync: none with the hand-written kernels and, where experts have all rows, with torch's
+// _grouped_mm. The loop over experts (float32, float16, odd sizes; segments of one chunk where
+// torch's kernels are asked for) needs host_offsets; when those are empty it copies the offsets to
+// the host once for the object's life, which waits for the stream.
 class ExpertGemms {
  public:
-  // expert_offsets int64 [L + 1] on the device; host_offsets int64 [L + 1] on the CPU, or empty.
-  ExpertGemms(at::Tensor expert_offsets, at::Tensor host_offsets);
+  explicit ExpertGemms(ExpertSegments segments);
 
-  // rows [R, K], weights [L, N, K] -> [R, N]; rows past the last segment are left unwritten.
-  at::Tensor nt(const at::Tensor& rows, const at::Tensor& weights);
-  // rows [R, K], weights [L, K, N] -> [R, N]; likewise.
-  at::Tensor nn(const at::Tensor& rows, const at::Tensor& weights);
+  // Results go into the tensors given, or into new ones where these are undefined.
+
+  // rows [R, K], weights [L, N, K] -> [R, N].
+  at::Tensor nt(const at::Tensor& rows, const at::Tensor& weights, const at::Tensor& into = {});
+  // rows [R, K], weights [L, K, N] -> [R, N].
+  at::Tensor nn(const at::Tensor& rows, const at::Tensor& weights, const at::Tensor& into = {});
   // rows_a [R, M], rows_b [R, N] -> alpha * [L, M, N]; zeros for an expert without rows.
   at::Tensor tn(const at::Tensor& rows_a, const at::Tensor& rows_b, double alpha);
 
@@ -42,7 +44,8 @@ class ExpertGemms {
   // nt followed by SwiGLU times row weight, in one kernel where the kernels chosen have it.
   GateUp nt_swiglu(const at::Tensor& rows,
                    const at::Tensor& weights,
-                   const at::Tensor& row_weights);
+                   const at::Tensor& row_weights,
+                   GateUp into = {});
 
   struct SwigluGradients {
     at::Tensor activation;  // [R, I] times row weight, as nt_swiglu had it
@@ -56,21 +59,26 @@ class ExpertGemms {
                                      const at::Tensor& weights,
                                      const at::Tensor& z,
                                      const at::Tensor& row_weights,
-                                     const at::Tensor& grad_row_weights);
+                                     const at::Tensor& grad_row_weights,
+                                     SwigluGradients into = {});
 
  private:
-  const int64_t* num_rows() const;  // device, one number: the rows that experts own
-  GemmKernels choose(const GroupedGemmShape& shape, const at::Tensor& a, const at::Tensor& b) const;
+  RowSegments on_device() const;
+  RowSegments on_host();
+  GroupedGemmShape shape_of(GemmLayout layout, const at::Tensor& a, const at::Tensor& b) const;
+  GroupedGemmParams params_of(const GroupedGemmShape& shape,
+                              const at::Tensor& a,
+                              const at::Tensor& b,
+                              const at::Tensor& out) const;
   at::Tensor rows_times_weights(GemmLayout layout,
                                 const at::Tensor& rows,
-                                const at::Tensor& weights);
+                                const at::Tensor& weights,
+                                at::Tensor out);
+  void multiply_one_by_one(const at::Tensor& rows, const at::Tensor& right, const at::Tensor& out);
   const at::Tensor& segment_ends();
-  const std::vector<int64_t>& host_offsets();
 
-  at::Tensor expert_offsets_;
-  at::Tensor given_host_offsets_;
+  ExpertSegments segments_;
   at::Tensor segment_ends_;  // int32 [L] on the device, made when first used
-  std::vector<int64_t> host_offsets_;
 };
 
 }  // namespace torch_moe_ep

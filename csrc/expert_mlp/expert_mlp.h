@@ -20,11 +20,7 @@
 // with recompute_gate_up its inputs alone. Given x and the parts of the plan (P = 1) it keeps x in
 // place of rows, and backward dispatches x again: the same rows to the bit.
 //
-// expert_mlp_input_grads(grad_y [R, H], rows or z, ...) ->
-//   grad_rows [R, H], grad_row_weights [R], grad_z [R, 2I], activation a [R, I]: the part of
-//   expert_mlp_backward that needs no other rows. In one pass.
-// expert_mlp_weight_grads(grad_y, rows, grad_z, activation, ...) ->
-//   grad_gate_up, grad_down: its other part, over all rows.
+// Of tokens in chunks: chunk_mlp.h.
 //
 // rows [R, H]                    float32, bfloat16 or float16
 // row_weights [R]                float32
@@ -100,13 +96,42 @@ inline void check_expert_weights(const at::Tensor& rows,
                     " (pass both weights of the same experts)");
 }
 
+// int64 offsets of the segments of each expert in each chunk, on rows' device and, where they are
+// known, on the host.
+inline void check_segment_offsets(const at::Tensor& rows,
+                                  const at::Tensor& offsets,
+                                  const at::Tensor& host_offsets,
+                                  int64_t num_chunks) {
+  check_int64(offsets, "expert_offsets");
+  check_same_device(offsets, "expert_offsets", rows, "rows");
+  TORCH_CHECK_VALUE(
+      offsets.dim() == 1 && offsets.size(0) >= 1 && (offsets.size(0) - 1) % num_chunks == 0,
+      "expert_offsets must be [local experts + 1], or [local experts * num_chunks + 1] of chunks, "
+      "got shape ",
+      offsets.sizes(),
+      " (pass the plan's)");
+  check_int64(host_offsets, "host_offsets");
+  TORCH_CHECK_VALUE(host_offsets.device().is_cpu(),
+                    "host_offsets must be on the CPU, got ",
+                    host_offsets.device(),
+                    " (call .cpu(), or pass an empty tensor)");
+  TORCH_CHECK_VALUE(host_offsets.dim() == 1 && (host_offsets.size(0) == 0 ||
+                                                host_offsets.size(0) == offsets.size(0)),
+                    "host_offsets must be [",
+                    offsets.size(0),
+                    "] as expert_offsets, or [0], got shape ",
+                    host_offsets.sizes(),
+                    " (pass the plan's, or an empty tensor)");
+}
+
 // What forward and backward have in common; looks at no tensor's values.
 inline void check_expert_mlp(const at::Tensor& rows,
                              const at::Tensor& row_weights,
                              const at::Tensor& expert_offsets,
                              const at::Tensor& host_offsets,
                              const at::Tensor& gate_up,
-                             const at::Tensor& down) {
+                             const at::Tensor& down,
+                             int64_t num_chunks = 1) {
   check_dim(rows, "rows", 2, "[slots, hidden]");
   check_element_type(rows, "rows");
   check_float32(row_weights, "row_weights");
@@ -117,25 +142,8 @@ inline void check_expert_mlp(const at::Tensor& rows,
                     "] as rows, got shape ",
                     row_weights.sizes(),
                     " (pass what dispatch returned with rows)");
-  check_int64(expert_offsets, "expert_offsets");
-  check_same_device(expert_offsets, "expert_offsets", rows, "rows");
-  TORCH_CHECK_VALUE(expert_offsets.dim() == 1 && expert_offsets.size(0) >= 1,
-                    "expert_offsets must be [local experts + 1], got shape ",
-                    expert_offsets.sizes(),
-                    " (pass the plan's)");
-  check_int64(host_offsets, "host_offsets");
-  TORCH_CHECK_VALUE(host_offsets.device().is_cpu(),
-                    "host_offsets must be on the CPU, got ",
-                    host_offsets.device(),
-                    " (call .cpu(), or pass an empty tensor)");
-  TORCH_CHECK_VALUE(host_offsets.dim() == 1 && (host_offsets.size(0) == 0 ||
-                                                host_offsets.size(0) == expert_offsets.size(0)),
-                    "host_offsets must be [",
-                    expert_offsets.size(0),
-                    "] as expert_offsets, or [0], got shape ",
-                    host_offsets.sizes(),
-                    " (pass the plan's, or an empty tensor)");
-  check_expert_weights(rows, gate_up, down, expert_offsets.size(0) - 1);
+  check_segment_offsets(rows, expert_offsets, host_offsets, num_chunks);
+  check_expert_weights(rows, gate_up, down, (expert_offsets.size(0) - 1) / num_chunks);
 }
 
 // What backward takes besides, after check_expert_mlp.
@@ -171,7 +179,7 @@ inline void check_expert_mlp_backward(const at::Tensor& grad_y,
   check_same_device(z, "z", rows, "rows");
 }
 
-// rows or z, whichever expert_mlp_input_grads was given; after check_expert_mlp for grad_y.
+// rows or z, whichever expert_mlp_input_grads_chunk was given; after check_expert_mlp for grad_y.
 inline at::Tensor checked_rows_or_z(const at::Tensor& grad_y,
                                     const std::optional<at::Tensor>& rows,
                                     const std::optional<at::Tensor>& z,
@@ -201,12 +209,7 @@ inline at::Tensor checked_rows_or_z(const at::Tensor& grad_y,
 inline void check_expert_mlp_weight_grads(const at::Tensor& grad_y,
                                           const at::Tensor& rows,
                                           const at::Tensor& grad_z,
-                                          const at::Tensor& activation,
-                                          const at::Tensor& expert_offsets) {
-  check_int64(expert_offsets, "expert_offsets");
-  TORCH_CHECK_VALUE(expert_offsets.dim() == 1 && expert_offsets.size(0) >= 1,
-                    "expert_offsets must be [local experts + 1], got shape ",
-                    expert_offsets.sizes());
+                                          const at::Tensor& activation) {
   check_dim(rows, "rows", 2, "[slots, hidden]");
   const auto check = [&rows](const at::Tensor& tensor, const char* name, int64_t columns) {
     TORCH_CHECK_VALUE(tensor.dim() == 2 && tensor.size(0) == rows.size(0) &&

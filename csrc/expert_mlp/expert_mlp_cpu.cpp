@@ -5,12 +5,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/element_type_of.h"
 #include "common/fresh_pages.h"
+#include "expert_mlp/chunk_mlp.h"
+#include "expert_mlp/compute.h"
 #include "expert_mlp/expert_mlp.h"
 #include "expert_mlp/panel_gemm.h"
 #include "expert_mlp/swiglu_loops.h"
@@ -34,28 +35,32 @@ bool is_in_passes(int64_t num_slots, int64_t slots_per_pass) {
   return slots_per_pass > 0 && slots_per_pass < num_slots;
 }
 
-// Passes end at multiples of slots_per_pass. With offsets 0 5 9 and 4 slots a pass: slots 0 to 3
-// and 4 of expert 0, then 5 to 7 and 8 of expert 1. Experts without slots have no segment.
-std::vector<Segment> segments_of(const at::Tensor& expert_offsets,
-                                 int64_t num_slots,
-                                 int64_t slots_per_pass) {
-  const at::Tensor dense_offsets = expert_offsets.contiguous();
+void check_offsets(const at::Tensor& dense_offsets, int64_t num_slots) {
   const int64_t* offsets = dense_offsets.const_data_ptr<int64_t>();
-  const int64_t num_experts = dense_offsets.numel() - 1;
-  TORCH_CHECK_VALUE(offsets[0] == 0 && std::is_sorted(offsets, offsets + num_experts + 1) &&
-                        offsets[num_experts] <= num_slots,
+  const int64_t* last = offsets + dense_offsets.numel() - 1;
+  TORCH_CHECK_VALUE(offsets[0] == 0 && std::is_sorted(offsets, last + 1) && *last <= num_slots,
                     "expert_offsets must ascend from 0 to at most the ",
                     num_slots,
                     " rows, got ",
-                    c10::IntArrayRef(offsets, num_experts + 1),
+                    c10::IntArrayRef(offsets, dense_offsets.numel()),
                     " (pass the offsets of the plan that made rows)");
+}
+
+// Passes end at multiples of slots_per_pass. With offsets 0 5 9 and 4 slots a pass: slots 0 to 3
+// and 4 of expert 0, then 5 to 7 and 8 of expert 1. Experts without slots have no segment.
+std::vector<Segment> segments_of(const ExpertSegments& experts,
+                                 int64_t num_slots,
+                                 int64_t slots_per_pass) {
+  check_offsets(experts.offsets, num_slots);
+  const RowSegments rows = experts.between(experts.offsets.const_data_ptr<int64_t>());
   const int64_t step =
       is_in_passes(num_slots, slots_per_pass) ? slots_per_pass : std::max<int64_t>(num_slots, 1);
   std::vector<Segment> segments;
-  for (int64_t l = 0; l < num_experts; ++l) {
-    for (int64_t first = offsets[l], end = 0; first < offsets[l + 1]; first = end) {
-      end = std::min(offsets[l + 1], (first / step + 1) * step);
-      segments.push_back({l, first, end - first, first == offsets[l], end == offsets[l + 1]});
+  for (int64_t l = 0; l < experts.num_experts(); ++l) {
+    const int64_t begin = rows.begin(l), end = rows.end(l);
+    for (int64_t first = begin, last = 0; first < end; first = last) {
+      last = std::min(end, (first / step + 1) * step);
+      segments.push_back({l, first, last - first, first == begin, last == end});
     }
   }
   return segments;
@@ -171,10 +176,128 @@ class WeightGradient {
   int64_t num_written_ = 0;  // experts that have their gradient, or its first parts
 };
 
+// Buffers hold one segment and serve every expert in turn: they stay in the cache, and few pages
+// are touched for the first time. The GEMMs write into given tensors, which autograd refuses for
+// weights that need gradients: all below it.
+
+MlpOutputs forward(const ExpertSegments& experts,
+                   const MlpInputs& in,
+                   int64_t slots_per_pass,
+                   bool keeps_z,
+                   MlpOutputs into) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t num_slots = in.rows.size(0);
+  const auto segments = segments_of(experts, num_slots, slots_per_pass);
+  const auto options = in.rows.options();
+  const bool has_z = keeps_z && !is_in_passes(num_slots, slots_per_pass);
+  if (!into.y.defined()) into.y = at::empty_like(in.rows);
+  if (has_z && !into.z.defined()) into.z = at::empty({num_slots, in.gate_up.size(1)}, options);
+  const int64_t num_buffered = longest(segments);
+  const at::Tensor z_buffer = at::empty({has_z ? 0 : num_buffered, in.gate_up.size(1)}, options);
+  const at::Tensor buffer = at::empty({num_buffered, in.down.size(2)}, options);
+  for (const Segment& segment : segments) {
+    const at::Tensor z = has_z ? segment.of(into.z) : z_buffer.narrow(0, 0, segment.count);
+    const at::Tensor activation = buffer.narrow(0, 0, segment.count);
+    if (has_z) take_fresh_pages(z);
+    multiply(z, segment.of(in.rows), in.gate_up.select(0, segment.expert).t());
+    swiglu(z, segment.of(in.row_weights), activation);
+    multiply(segment.of(into.y), activation, in.down.select(0, segment.expert).t());
+  }
+  return into;
+}
+
+// Of one segment, into tensors of its rows. z: of these rows, or undefined to compute it again into
+// its gradient's place.
+void segment_input_grads(const Segment& segment,
+                         const at::Tensor& grad_y,
+                         const MlpInputs& in,
+                         const at::Tensor& z,
+                         const MlpInputGradients& into) {
+  const at::Tensor gate_up = in.gate_up.select(0, segment.expert);
+  if (!z.defined()) multiply(into.z, segment.of(in.rows), gate_up.t());
+  // First its gradient.
+  multiply(into.activation, segment.of(grad_y), in.down.select(0, segment.expert));
+  swiglu_backward(z.defined() ? segment.of(z) : into.z,
+                  segment.of(in.row_weights),
+                  into.activation,
+                  into.z,
+                  into.row_weights);
+  multiply(into.rows, into.z, gate_up);
+}
+
+MlpInputGradients input_grads(const ExpertSegments& experts,
+                              const at::Tensor& grad_y,
+                              const MlpInputs& in,
+                              const at::Tensor& z,
+                              MlpInputGradients into) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  for (const Segment& segment : segments_of(experts, grad_y.size(0), 0)) {
+    segment_input_grads(segment,
+                        grad_y,
+                        in,
+                        z,
+                        {segment.of(into.rows),
+                         segment.of(into.row_weights),
+                         segment.of(into.z),
+                         segment.of(into.activation)});
+  }
+  return into;
+}
+
+MlpGradients weight_grads(const ExpertSegments& experts,
+                          const at::Tensor& grad_y,
+                          const at::Tensor& rows,
+                          const at::Tensor& grad_z,
+                          const at::Tensor& activation,
+                          double weight_grad_scale) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t num_experts = experts.num_experts();
+  const int64_t hidden = rows.size(1), width = activation.size(1);
+  const auto options = rows.options();
+  WeightGradient gate_up({num_experts, 2 * width, hidden}, options, weight_grad_scale);
+  WeightGradient down({num_experts, hidden, width}, options, weight_grad_scale);
+  for (const Segment& segment : segments_of(experts, rows.size(0), 0)) {
+    down.add(segment, segment.of(grad_y), segment.of(activation));
+    gate_up.add(segment, segment.of(grad_z), segment.of(rows));
+  }
+  return {{}, {}, gate_up.finish(), down.finish()};
+}
+
+MlpGradients backward(const ExpertSegments& experts,
+                      const at::Tensor& grad_y,
+                      const MlpInputs& in,
+                      const at::Tensor& z,
+                      double weight_grad_scale,
+                      int64_t slots_per_pass,
+                      MlpGradients into) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto options = in.rows.options();
+  const auto segments = segments_of(experts, in.rows.size(0), slots_per_pass);
+  const int64_t num_buffered = longest(segments);
+  const at::Tensor buffer = at::empty({num_buffered, in.down.size(2)}, options);
+  const at::Tensor z_buffer = at::empty({num_buffered, in.gate_up.size(1)}, options);
+  if (!into.rows.defined()) into.rows = at::empty_like(in.rows);
+  if (!into.row_weights.defined()) into.row_weights = at::empty_like(in.row_weights);
+  WeightGradient gate_up(in.gate_up.sizes(), options, weight_grad_scale);
+  WeightGradient down(in.down.sizes(), options, weight_grad_scale);
+  for (const Segment& segment : segments) {
+    const MlpInputGradients found = {segment.of(into.rows),
+                                     segment.of(into.row_weights),
+                                     z_buffer.narrow(0, 0, segment.count),
+                                     buffer.narrow(0, 0, segment.count)};
+    const bool has_z = z.size(0) == in.rows.size(0);
+    segment_input_grads(segment, grad_y, in, has_z ? z : at::Tensor(), found);
+    down.add(segment, segment.of(grad_y), found.activation);
+    gate_up.add(segment, found.z, segment.of(in.rows));
+  }
+  into.gate_up = gate_up.finish();
+  into.down = down.finish();
+  return into;
+}
+
 }  // namespace
 
-// Buffers hold one segment and serve every expert in turn: they stay in the cache, and few pages
-// are touched for the first time.
+const MlpCompute kComputeCpu = {&forward, &input_grads, &weight_grads, &backward};
 
 std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cpu(const at::Tensor& rows,
                                                           const at::Tensor& row_weights,
@@ -184,32 +307,13 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cpu(const at::Tensor& rows
                                                           const at::Tensor& down,
                                                           int64_t slots_per_pass) {
   check_expert_mlp(rows, row_weights, expert_offsets, host_offsets, gate_up, down);
-  const auto segments = segments_of(expert_offsets, rows.size(0), slots_per_pass);
-  // The GEMMs write into given tensors, which autograd refuses for weights that need gradients.
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor dense_rows = rows.contiguous();
-  const at::Tensor dense_weights = row_weights.contiguous();
-  const at::Tensor dense_gate_up = gate_up.contiguous();
-  const at::Tensor dense_down = down.contiguous();
-
-  const bool has_z = !is_in_passes(rows.size(0), slots_per_pass);
-  const int64_t num_buffered = longest(segments);
-  at::Tensor y = at::empty(rows.sizes(), rows.options());
-  at::Tensor z = at::empty({has_z ? rows.size(0) : 0, gate_up.size(1)}, rows.options());
-  const at::Tensor z_buffer =
-      at::empty({has_z ? 0 : num_buffered, gate_up.size(1)}, rows.options());
-  const at::Tensor buffer = at::empty({num_buffered, down.size(2)}, rows.options());
-
-  for (const Segment& segment : segments) {
-    at::Tensor segment_z = has_z ? segment.of(z) : z_buffer.narrow(0, 0, segment.count);
-    const at::Tensor activation = buffer.narrow(0, 0, segment.count);
-    at::Tensor segment_y = segment.of(y);
-    if (has_z) take_fresh_pages(segment_z);
-    multiply(segment_z, segment.of(dense_rows), dense_gate_up.select(0, segment.expert).t());
-    swiglu(segment_z, segment.of(dense_weights), activation);
-    multiply(segment_y, activation, dense_down.select(0, segment.expert).t());
-  }
-  return {y, z};
+  const MlpInputs inputs = {rows, row_weights, gate_up, down};
+  const auto [y, z] = forward(all_chunks(expert_offsets, host_offsets, 1),
+                              inputs.contiguous(),
+                              slots_per_pass,
+                              /*keeps_z=*/true,
+                              {});
+  return {y, z.defined() ? z : at::empty({0, gate_up.size(1)}, rows.options())};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cpu(
@@ -225,104 +329,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     int64_t slots_per_pass) {
   check_expert_mlp(rows, row_weights, expert_offsets, host_offsets, gate_up, down);
   check_expert_mlp_backward(grad_y, rows, z, gate_up);
-  const auto segments = segments_of(expert_offsets, rows.size(0), slots_per_pass);
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor dense_grad = grad_y.contiguous();
-  const at::Tensor dense_rows = rows.contiguous();
-  const at::Tensor dense_weights = row_weights.contiguous();
-  const at::Tensor dense_z = z.contiguous();
-  const at::Tensor dense_gate_up = gate_up.contiguous();
-  const at::Tensor dense_down = down.contiguous();
-
-  const bool has_z = z.size(0) == rows.size(0);
-  const int64_t num_buffered = longest(segments);
-  const at::Tensor buffer = at::empty({num_buffered, down.size(2)}, rows.options());
-  const at::Tensor z_buffer = at::empty({num_buffered, gate_up.size(1)}, rows.options());
-  at::Tensor grad_rows = at::empty(rows.sizes(), rows.options());
-  at::Tensor grad_row_weights = at::empty(row_weights.sizes(), row_weights.options());
-  WeightGradient grad_gate_up(gate_up.sizes(), rows.options(), weight_grad_scale);
-  WeightGradient grad_down(down.sizes(), rows.options(), weight_grad_scale);
-
-  for (const Segment& segment : segments) {
-    const at::Tensor segment_grad = segment.of(dense_grad);
-    const at::Tensor segment_rows = segment.of(dense_rows);
-    const at::Tensor expert_gate_up = dense_gate_up.select(0, segment.expert);
-    at::Tensor grad_z = z_buffer.narrow(0, 0, segment.count);
-    if (!has_z) multiply(grad_z, segment_rows, expert_gate_up.t());
-    at::Tensor activation = buffer.narrow(0, 0, segment.count);  // first its gradient
-    multiply(activation, segment_grad, dense_down.select(0, segment.expert));
-    swiglu_backward(has_z ? segment.of(dense_z) : grad_z,
-                    segment.of(dense_weights),
-                    activation,
-                    grad_z,
-                    segment.of(grad_row_weights));
-    grad_down.add(segment, segment_grad, activation);
-    grad_gate_up.add(segment, grad_z, segment_rows);
-    at::Tensor segment_grad_rows = segment.of(grad_rows);
-    multiply(segment_grad_rows, grad_z, expert_gate_up);
-  }
-  return {grad_rows, grad_row_weights, grad_gate_up.finish(), grad_down.finish()};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_input_grads_cpu(
-    const at::Tensor& grad_y,
-    const std::optional<at::Tensor>& rows,
-    const at::Tensor& row_weights,
-    const std::optional<at::Tensor>& z,
-    const at::Tensor& expert_offsets,
-    const at::Tensor& host_offsets,
-    const at::Tensor& gate_up,
-    const at::Tensor& down) {
-  check_expert_mlp(grad_y, row_weights, expert_offsets, host_offsets, gate_up, down);
-  const at::Tensor source = checked_rows_or_z(grad_y, rows, z, gate_up);
-  const auto segments = segments_of(expert_offsets, grad_y.size(0), 0);
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const at::Tensor dense_grad = grad_y.contiguous();
-  const at::Tensor dense_source = source.contiguous();
-  const at::Tensor dense_weights = row_weights.contiguous();
-  const at::Tensor dense_gate_up = gate_up.contiguous();
-  const at::Tensor dense_down = down.contiguous();
-  at::Tensor grad_rows = at::empty(grad_y.sizes(), grad_y.options());
-  at::Tensor grad_row_weights = at::empty(row_weights.sizes(), row_weights.options());
-  at::Tensor grad_z = at::empty({grad_y.size(0), gate_up.size(1)}, grad_y.options());
-  at::Tensor activation = at::empty({grad_y.size(0), down.size(2)}, grad_y.options());
-
-  for (const Segment& segment : segments) {
-    const at::Tensor expert_gate_up = dense_gate_up.select(0, segment.expert);
-    const at::Tensor segment_grad_z = segment.of(grad_z);
-    const at::Tensor segment_source = segment.of(dense_source);
-    if (!z.has_value()) multiply(segment_grad_z, segment_source, expert_gate_up.t());
-    const at::Tensor segment_activation = segment.of(activation);  // first its gradient
-    multiply(segment_activation, segment.of(dense_grad), dense_down.select(0, segment.expert));
-    swiglu_backward(z.has_value() ? segment_source : segment_grad_z,
-                    segment.of(dense_weights),
-                    segment_activation,
-                    segment_grad_z,
-                    segment.of(grad_row_weights));
-    multiply(segment.of(grad_rows), segment_grad_z, expert_gate_up);
-  }
-  return {grad_rows, grad_row_weights, grad_z, activation};
-}
-
-std::tuple<at::Tensor, at::Tensor> expert_mlp_weight_grads_cpu(const at::Tensor& grad_y,
-                                                               const at::Tensor& rows,
-                                                               const at::Tensor& grad_z,
-                                                               const at::Tensor& activation,
-                                                               const at::Tensor& expert_offsets,
-                                                               const at::Tensor& /*host_offsets*/,
-                                                               double weight_grad_scale) {
-  check_expert_mlp_weight_grads(grad_y, rows, grad_z, activation, expert_offsets);
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const int64_t num_experts = expert_offsets.numel() - 1;
-  const int64_t hidden = rows.size(1), width = activation.size(1);
-  const auto options = rows.options();
-  WeightGradient grad_gate_up({num_experts, 2 * width, hidden}, options, weight_grad_scale);
-  WeightGradient grad_down({num_experts, hidden, width}, options, weight_grad_scale);
-  for (const Segment& segment : segments_of(expert_offsets, rows.size(0), 0)) {
-    grad_down.add(segment, segment.of(grad_y), segment.of(activation));
-    grad_gate_up.add(segment, segment.of(grad_z), segment.of(rows));
-  }
-  return {grad_gate_up.finish(), grad_down.finish()};
+  const MlpInputs inputs = {rows, row_weights, gate_up, down};
+  const MlpGradients found = backward(all_chunks(expert_offsets, host_offsets, 1),
+                                      grad_y.contiguous(),
+                                      inputs.contiguous(),
+                                      z.contiguous(),
+                                      weight_grad_scale,
+                                      slots_per_pass,
+                                      {});
+  return {found.rows, found.row_weights, found.gate_up, found.down};
 }
 
 std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_add_cpu(const at::Tensor& grad_y,
@@ -357,9 +372,8 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_add_cpu(const at::Tensor&
 TORCH_LIBRARY_IMPL(torch_moe_ep, CPU, m) {
   m.impl("expert_mlp_forward", &expert_mlp_forward_cpu);
   m.impl("expert_mlp_backward", &expert_mlp_backward_cpu);
-  m.impl("expert_mlp_input_grads", &expert_mlp_input_grads_cpu);
-  m.impl("expert_mlp_weight_grads", &expert_mlp_weight_grads_cpu);
   m.impl("expert_mlp_backward_add", &expert_mlp_backward_add_cpu);
+  implement_chunk_operators<kComputeCpu>(m);
 }
 
 }  // namespace torch_moe_ep

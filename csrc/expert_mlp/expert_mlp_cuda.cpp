@@ -3,45 +3,64 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "expert_mlp/chunk_mlp.h"
+#include "expert_mlp/compute.h"
 #include "expert_mlp/expert_gemms.h"
 #include "expert_mlp/expert_mlp.h"
 
 namespace torch_moe_ep {
 namespace {
 
-// One run of consecutive slots with the expert segments cut to it.
+// One run of consecutive slots with the experts' segments cut to it.
 struct Pass {
   int64_t first;
   int64_t count;
-  at::Tensor expert_offsets;  // relative to `first`
-  at::Tensor host_offsets;    // likewise, or empty
+  ExpertSegments segments;  // relative to `first`
+
+  at::Tensor of(const at::Tensor& tensor) const { return tensor.narrow(0, first, count); }
 };
 
-at::Tensor cut(const at::Tensor& offsets, int64_t first, int64_t count) {
-  return offsets.sub(first).clamp_(0, count);
+// slots_per_pass 0 means one pass.
+bool is_one_pass(int64_t num_slots, int64_t slots_per_pass) {
+  return slots_per_pass <= 0 || slots_per_pass >= num_slots;
 }
 
-// slots_per_pass 0 means one pass. Cuts fall on multiples of kRowAlignment, as the GEMMs need; the
-// offsets are cut on the device, so that passes cost no host sync.
+ExpertSegments cut(const ExpertSegments& segments, int64_t first, int64_t count) {
+  const auto cut_offsets = [first, count](const at::Tensor& offsets) {
+    return offsets.sub(first).clamp_(0, count);
+  };
+  ExpertSegments found = segments;
+  found.offsets = cut_offsets(segments.offsets);
+  if (segments.is_known_to_host()) found.host_offsets = cut_offsets(segments.host_offsets);
+  return found;
+}
+
+// Of a chunk, runs of slots that hold only other chunks' rows are left out where the host knows.
+bool may_have_rows(const ExpertSegments& segments) {
+  if (segments.has_all_rows() || !segments.is_known_to_host()) return true;
+  const RowSegments host = segments.between(segments.host_offsets.const_data_ptr<int64_t>());
+  for (int64_t l = 0; l < segments.num_experts(); ++l) {
+    if (host.begin(l) < host.end(l)) return true;
+  }
+  return false;
+}
+
+// Cuts fall on multiples of kRowAlignment, as the GEMMs need; the offsets are cut on the device, so
+// that passes cost no host sync.
 std::vector<Pass> passes_of(int64_t num_slots,
                             int64_t slots_per_pass,
-                            const at::Tensor& expert_offsets,
-                            const at::Tensor& host_offsets) {
-  if (slots_per_pass <= 0 || slots_per_pass >= num_slots) {
-    return {{0, num_slots, expert_offsets, host_offsets}};
-  }
+                            const ExpertSegments& segments) {
+  if (is_one_pass(num_slots, slots_per_pass)) return {{0, num_slots, segments}};
   const int64_t step = (slots_per_pass + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
   std::vector<Pass> passes;
   for (int64_t first = 0; first < num_slots; first += step) {
     const int64_t count = std::min(step, num_slots - first);
-    passes.push_back({first,
-                      count,
-                      cut(expert_offsets, first, count),
-                      host_offsets.numel() > 0 ? cut(host_offsets, first, count) : host_offsets});
+    Pass pass = {first, count, cut(segments, first, count)};
+    if (may_have_rows(pass.segments)) passes.push_back(std::move(pass));
   }
   return passes;
 }
@@ -73,69 +92,127 @@ class WeightGradient {
   at::Tensor sum_;
 };
 
-// What both forms of backward take; main_grads undefined or both defined.
-struct BackwardInputs {
-  const at::Tensor& grad_y;
-  const at::Tensor& rows;
-  const at::Tensor& row_weights;
-  const at::Tensor& z;
-  const at::Tensor& expert_offsets;
-  const at::Tensor& host_offsets;
-  const at::Tensor& gate_up;
-  const at::Tensor& down;
-  double weight_grad_scale;
-  int64_t slots_per_pass;
-  at::Tensor main_grad_gate_up = {};
-  at::Tensor main_grad_down = {};
-};
-
-struct Gradients {
-  at::Tensor rows;
-  at::Tensor row_weights;
-  at::Tensor gate_up;  // undefined with main_grads
-  at::Tensor down;
-};
-
-Gradients backward(const BackwardInputs& in) {
-  check_expert_mlp(
-      in.rows, in.row_weights, in.expert_offsets, in.host_offsets, in.gate_up, in.down);
-  check_expert_mlp_backward(in.grad_y, in.rows, in.z, in.gate_up);
+MlpOutputs forward(const ExpertSegments& segments,
+                   const MlpInputs& in,
+                   int64_t slots_per_pass,
+                   bool keeps_z,
+                   MlpOutputs into) {
   const c10::cuda::CUDAGuard guard(in.rows.device());
-  const at::Tensor grad_y = in.grad_y.contiguous(), rows = in.rows.contiguous();
-  const at::Tensor row_weights = in.row_weights.contiguous();
-  const at::Tensor gate_up = in.gate_up.contiguous(), down = in.down.contiguous();
-  Gradients gradients;
-  gradients.row_weights = at::empty(row_weights.sizes(), row_weights.options());
-  WeightGradient grad_gate_up(in.main_grad_gate_up);
-  WeightGradient grad_down(in.main_grad_down);
-  const auto passes =
-      passes_of(rows.size(0), in.slots_per_pass, in.expert_offsets, in.host_offsets);
-  for (const Pass& pass : passes) {
-    const auto of_pass = [&pass](const at::Tensor& tensor) {
-      return tensor.narrow(0, pass.first, pass.count);
-    };
-    ExpertGemms gemms(pass.expert_offsets, pass.host_offsets);
-    const at::Tensor pass_rows = of_pass(rows), pass_grad = of_pass(grad_y);
-    const bool has_z = in.z.size(0) == rows.size(0) && passes.size() == 1;
-    const at::Tensor z = has_z ? in.z : gemms.nt(pass_rows, gate_up);
-    const ExpertGemms::SwigluGradients hidden = gemms.nn_swiglu_backward(
-        pass_grad, down, z, of_pass(row_weights), of_pass(gradients.row_weights));
-    grad_down.add(gemms, pass_grad, hidden.activation, in.weight_grad_scale);
-    grad_gate_up.add(gemms, hidden.grad_z, pass_rows, in.weight_grad_scale);
-    const at::Tensor pass_grad_rows = gemms.nn(hidden.grad_z, gate_up);
-    if (passes.size() == 1) {
-      gradients.rows = pass_grad_rows;
-    } else {
-      if (!gradients.rows.defined()) gradients.rows = at::empty(rows.sizes(), rows.options());
-      of_pass(gradients.rows).copy_(pass_grad_rows);
-    }
+  const int64_t num_slots = in.rows.size(0);
+  if (is_one_pass(num_slots, slots_per_pass)) {
+    ExpertGemms gemms(segments);
+    const auto hidden =
+        gemms.nt_swiglu(in.rows, in.gate_up, in.row_weights, {into.z, at::Tensor()});
+    const at::Tensor y = gemms.nt(hidden.activation, in.down, into.y);
+    return {y, keeps_z ? hidden.z : at::Tensor()};
   }
-  gradients.gate_up = grad_gate_up.get(gate_up.scalar_type());
-  gradients.down = grad_down.get(down.scalar_type());
-  return gradients;
+  if (!into.y.defined()) into.y = at::empty_like(in.rows);
+  for (const Pass& pass : passes_of(num_slots, slots_per_pass, segments)) {
+    ExpertGemms gemms(pass.segments);
+    const auto hidden =
+        gemms.nt_swiglu(pass.of(in.rows), in.gate_up, pass.of(in.row_weights));
+    gemms.nt(hidden.activation, in.down, pass.of(into.y));
+  }
+  return {into.y, at::Tensor()};
+}
+
+// z: undefined to compute it again from the rows.
+MlpInputGradients input_grads_by(ExpertGemms& gemms,
+                                 const at::Tensor& grad_y,
+                                 const MlpInputs& in,
+                                 const at::Tensor& z,
+                                 MlpInputGradients into) {
+  if (!into.row_weights.defined()) into.row_weights = at::empty_like(in.row_weights);
+  const auto hidden = gemms.nn_swiglu_backward(grad_y,
+                                               in.down,
+                                               z.defined() ? z : gemms.nt(in.rows, in.gate_up),
+                                               in.row_weights,
+                                               into.row_weights,
+                                               {into.activation, into.z});
+  const at::Tensor rows = gemms.nn(hidden.grad_z, in.gate_up, into.rows);
+  return {rows, into.row_weights, hidden.grad_z, hidden.activation};
+}
+
+MlpInputGradients input_grads(const ExpertSegments& segments,
+                              const at::Tensor& grad_y,
+                              const MlpInputs& in,
+                              const at::Tensor& z,
+                              MlpInputGradients into) {
+  const c10::cuda::CUDAGuard guard(grad_y.device());
+  ExpertGemms gemms(segments);
+  return input_grads_by(gemms, grad_y, in, z, std::move(into));
+}
+
+MlpGradients weight_grads(const ExpertSegments& segments,
+                          const at::Tensor& grad_y,
+                          const at::Tensor& rows,
+                          const at::Tensor& grad_z,
+                          const at::Tensor& activation,
+                          double weight_grad_scale) {
+  const c10::cuda::CUDAGuard guard(rows.device());
+  ExpertGemms gemms(segments);
+  const at::Tensor down = gemms.tn(grad_y, activation, weight_grad_scale);
+  const at::Tensor gate_up = gemms.tn(grad_z, rows, weight_grad_scale);
+  return {{}, {}, gate_up, down};
+}
+
+// into.gate_up and into.down: undefined, or fp32 tensors that the weights' gradients are added to.
+MlpGradients backward_add(const ExpertSegments& segments,
+                          const at::Tensor& grad_y,
+                          const MlpInputs& in,
+                          const at::Tensor& z,
+                          double weight_grad_scale,
+                          int64_t slots_per_pass,
+                          MlpGradients into) {
+  const c10::cuda::CUDAGuard guard(in.rows.device());
+  const int64_t num_slots = in.rows.size(0);
+  const bool is_one = is_one_pass(num_slots, slots_per_pass);
+  if (!into.row_weights.defined()) into.row_weights = at::empty_like(in.row_weights);
+  if (!into.rows.defined() && !is_one) into.rows = at::empty_like(in.rows);
+  WeightGradient grad_gate_up(into.gate_up), grad_down(into.down);
+  for (const Pass& pass : passes_of(num_slots, slots_per_pass, segments)) {
+    const at::Tensor grad = pass.of(grad_y);
+    const MlpInputs inputs = {pass.of(in.rows), pass.of(in.row_weights), in.gate_up, in.down};
+    const at::Tensor rows_into = into.rows.defined() ? pass.of(into.rows) : at::Tensor();
+    ExpertGemms gemms(pass.segments);
+    const MlpInputGradients found =
+        input_grads_by(gemms,
+                       grad,
+                       inputs,
+                       is_one && z.size(0) == num_slots ? z : at::Tensor(),
+                       {rows_into, pass.of(into.row_weights), {}, {}});
+    grad_down.add(gemms, grad, found.activation, weight_grad_scale);
+    grad_gate_up.add(gemms, found.z, inputs.rows, weight_grad_scale);
+    if (is_one) into.rows = found.rows;
+  }
+  into.gate_up = grad_gate_up.get(in.gate_up.scalar_type());
+  into.down = grad_down.get(in.down.scalar_type());
+  return into;
+}
+
+// Both operators of backward.
+MlpGradients checked_backward(const at::Tensor& grad_y,
+                              const MlpInputs& in,
+                              const at::Tensor& z,
+                              const at::Tensor& expert_offsets,
+                              const at::Tensor& host_offsets,
+                              double weight_grad_scale,
+                              int64_t slots_per_pass,
+                              MlpGradients into) {
+  check_expert_mlp(in.rows, in.row_weights, expert_offsets, host_offsets, in.gate_up, in.down);
+  check_expert_mlp_backward(grad_y, in.rows, z, in.gate_up);
+  return backward_add(all_chunks(expert_offsets, host_offsets, 1),
+                      grad_y.contiguous(),
+                      in.contiguous(),
+                      z.contiguous(),
+                      weight_grad_scale,
+                      slots_per_pass,
+                      std::move(into));
 }
 
 }  // namespace
+
+const MlpCompute kComputeCuda = {&forward, &input_grads, &weight_grads, &backward_add};
 
 std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cuda(const at::Tensor& rows,
                                                            const at::Tensor& row_weights,
@@ -145,28 +222,13 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cuda(const at::Tensor& row
                                                            const at::Tensor& down,
                                                            int64_t slots_per_pass) {
   check_expert_mlp(rows, row_weights, expert_offsets, host_offsets, gate_up, down);
-  const c10::cuda::CUDAGuard guard(rows.device());
-  const at::Tensor dense_rows = rows.contiguous();
-  const at::Tensor dense_weights = row_weights.contiguous();
-  const at::Tensor dense_gate_up = gate_up.contiguous();
-  const at::Tensor dense_down = down.contiguous();
-  const auto passes = passes_of(rows.size(0), slots_per_pass, expert_offsets, host_offsets);
-  if (passes.size() == 1) {
-    ExpertGemms gemms(expert_offsets, host_offsets);
-    ExpertGemms::GateUp hidden = gemms.nt_swiglu(dense_rows, dense_gate_up, dense_weights);
-    return {gemms.nt(hidden.activation, dense_down), hidden.z};
-  }
-  at::Tensor y = at::empty(dense_rows.sizes(), rows.options());
-  for (const Pass& pass : passes) {
-    ExpertGemms gemms(pass.expert_offsets, pass.host_offsets);
-    const at::Tensor activation = gemms
-                                      .nt_swiglu(dense_rows.narrow(0, pass.first, pass.count),
-                                                 dense_gate_up,
-                                                 dense_weights.narrow(0, pass.first, pass.count))
-                                      .activation;
-    y.narrow(0, pass.first, pass.count).copy_(gemms.nt(activation, dense_down));
-  }
-  return {y, at::empty({0, gate_up.size(1)}, rows.options())};
+  const MlpInputs inputs = {rows, row_weights, gate_up, down};
+  const auto [y, z] = forward(all_chunks(expert_offsets, host_offsets, 1),
+                              inputs.contiguous(),
+                              slots_per_pass,
+                              /*keeps_z=*/true,
+                              {});
+  return {y, z.defined() ? z : at::empty({0, gate_up.size(1)}, rows.options())};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cuda(
@@ -180,16 +242,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_c
     const at::Tensor& down,
     double weight_grad_scale,
     int64_t slots_per_pass) {
-  const Gradients gradients = backward({grad_y,
-                                        rows,
-                                        row_weights,
-                                        z,
-                                        expert_offsets,
-                                        host_offsets,
-                                        gate_up,
-                                        down,
-                                        weight_grad_scale,
-                                        slots_per_pass});
+  const MlpGradients gradients = checked_backward(grad_y,
+                                                  {rows, row_weights, gate_up, down},
+                                                  z,
+                                                  expert_offsets,
+                                                  host_offsets,
+                                                  weight_grad_scale,
+                                                  slots_per_pass,
+                                                  {});
   return {gradients.rows, gradients.row_weights, gradients.gate_up, gradients.down};
 }
 
@@ -206,66 +266,22 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_add_cuda(const at::Tensor
                                                                 at::Tensor& main_grad_gate_up,
                                                                 at::Tensor& main_grad_down) {
   check_main_grads(main_grad_gate_up, main_grad_down, gate_up, down);
-  const Gradients gradients = backward({grad_y,
-                                        rows,
-                                        row_weights,
-                                        z,
-                                        expert_offsets,
-                                        host_offsets,
-                                        gate_up,
-                                        down,
-                                        weight_grad_scale,
-                                        slots_per_pass,
-                                        main_grad_gate_up,
-                                        main_grad_down});
+  const MlpGradients gradients = checked_backward(grad_y,
+                                                  {rows, row_weights, gate_up, down},
+                                                  z,
+                                                  expert_offsets,
+                                                  host_offsets,
+                                                  weight_grad_scale,
+                                                  slots_per_pass,
+                                                  {{}, {}, main_grad_gate_up, main_grad_down});
   return {gradients.rows, gradients.row_weights};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_input_grads_cuda(
-    const at::Tensor& grad_y,
-    const std::optional<at::Tensor>& rows,
-    const at::Tensor& row_weights,
-    const std::optional<at::Tensor>& z,
-    const at::Tensor& expert_offsets,
-    const at::Tensor& host_offsets,
-    const at::Tensor& gate_up,
-    const at::Tensor& down) {
-  check_expert_mlp(grad_y, row_weights, expert_offsets, host_offsets, gate_up, down);
-  const at::Tensor source = checked_rows_or_z(grad_y, rows, z, gate_up);
-  const c10::cuda::CUDAGuard guard(grad_y.device());
-  const at::Tensor dense_weights = row_weights.contiguous();
-  const at::Tensor dense_gate_up = gate_up.contiguous();
-  at::Tensor grad_row_weights = at::empty(dense_weights.sizes(), dense_weights.options());
-  ExpertGemms gemms(expert_offsets, host_offsets);
-  const at::Tensor dense_z =
-      z.has_value() ? source.contiguous() : gemms.nt(source.contiguous(), dense_gate_up);
-  const ExpertGemms::SwigluGradients hidden = gemms.nn_swiglu_backward(
-      grad_y.contiguous(), down.contiguous(), dense_z, dense_weights, grad_row_weights);
-  return {
-      gemms.nn(hidden.grad_z, dense_gate_up), grad_row_weights, hidden.grad_z, hidden.activation};
-}
-
-std::tuple<at::Tensor, at::Tensor> expert_mlp_weight_grads_cuda(const at::Tensor& grad_y,
-                                                                const at::Tensor& rows,
-                                                                const at::Tensor& grad_z,
-                                                                const at::Tensor& activation,
-                                                                const at::Tensor& expert_offsets,
-                                                                const at::Tensor& host_offsets,
-                                                                double weight_grad_scale) {
-  check_expert_mlp_weight_grads(grad_y, rows, grad_z, activation, expert_offsets);
-  const c10::cuda::CUDAGuard guard(rows.device());
-  ExpertGemms gemms(expert_offsets, host_offsets);
-  const at::Tensor grad_down =
-      gemms.tn(grad_y.contiguous(), activation.contiguous(), weight_grad_scale);
-  return {gemms.tn(grad_z.contiguous(), rows.contiguous(), weight_grad_scale), grad_down};
 }
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) {
   m.impl("expert_mlp_forward", &expert_mlp_forward_cuda);
   m.impl("expert_mlp_backward", &expert_mlp_backward_cuda);
   m.impl("expert_mlp_backward_add", &expert_mlp_backward_add_cuda);
-  m.impl("expert_mlp_input_grads", &expert_mlp_input_grads_cuda);
-  m.impl("expert_mlp_weight_grads", &expert_mlp_weight_grads_cuda);
+  implement_chunk_operators<kComputeCuda>(m);
 }
 
 }  // namespace torch_moe_ep

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "expert_mlp/chunk_mlp.h"
 #include "expert_mlp/expert_gemms.h"
 #include "expert_mlp/sm90/choose_tile.h"
 
@@ -25,6 +26,7 @@ void check_layout(const std::string& layout) {
 void check_operands(const at::Tensor& a,
                     const at::Tensor& b,
                     const at::Tensor& expert_offsets,
+                    int64_t num_chunks,
                     const std::string& layout) {
   check_layout(layout);
   check_dim(a, "a", 2, "[rows, columns]");
@@ -32,8 +34,9 @@ void check_operands(const at::Tensor& a,
   check_int64(expert_offsets, "expert_offsets");
   check_same_device(expert_offsets, "expert_offsets", a, "a");
   check_same_device(b, "b", a, "a");
-  TORCH_CHECK_VALUE(expert_offsets.dim() == 1 && expert_offsets.size(0) >= 2,
-                    "expert_offsets must be [experts + 1], got shape ",
+  TORCH_CHECK_VALUE(expert_offsets.dim() == 1 && expert_offsets.size(0) > num_chunks &&
+                        (expert_offsets.size(0) - 1) % num_chunks == 0,
+                    "expert_offsets must be [experts * num_chunks + 1], got shape ",
                     expert_offsets.sizes());
   const bool is_tn = layout == "TN";
   check_dim(b, "b", is_tn ? 2 : 3, is_tn ? "[rows, columns]" : "[experts, ., .]");
@@ -43,7 +46,7 @@ void check_operands(const at::Tensor& a,
                     ", got ",
                     b.scalar_type());
   const bool fits = is_tn ? b.size(0) == a.size(0)
-                          : b.size(0) == expert_offsets.size(0) - 1 &&
+                          : b.size(0) == (expert_offsets.size(0) - 1) / num_chunks &&
                                 b.size(layout == "NT" ? 2 : 1) == a.size(1);
   TORCH_CHECK_VALUE(fits,
                     "b of shape ",
@@ -58,11 +61,14 @@ void check_operands(const at::Tensor& a,
 at::Tensor grouped_gemm_cuda(const at::Tensor& a,
                              const at::Tensor& b,
                              const at::Tensor& expert_offsets,
-                             const std::string& layout) {
-  check_operands(a, b, expert_offsets, layout);
+                             const std::string& layout,
+                             int64_t num_chunks,
+                             int64_t chunk) {
+  check_chunk(chunk, num_chunks);
+  check_operands(a, b, expert_offsets, num_chunks, layout);
   const c10::cuda::CUDAGuard guard(a.device());
   const at::Tensor left = a.contiguous(), right = b.contiguous();
-  ExpertGemms gemms(expert_offsets, at::empty({0}, at::kLong));
+  ExpertGemms gemms(one_chunk(expert_offsets, at::empty({0}, at::kLong), num_chunks, chunk));
   if (layout == "NT") return gemms.nt(left, right);
   return layout == "NN" ? gemms.nn(left, right) : gemms.tn(left, right, 1.0);
 }

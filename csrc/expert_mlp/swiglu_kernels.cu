@@ -53,7 +53,7 @@ struct RowTeam {
 template <typename T, int kWarps, int kCount>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) swiglu_rows(const SwigluParams p) {
   const RowTeam<kWarps, kCount> team;
-  if (team.row >= *p.num_rows || team.row >= p.rows) return;
+  if (team.row >= p.rows || !p.segments.has(team.row, p.num_experts)) return;
   const T* gates = static_cast<const T*>(p.z) + team.row * 2 * p.width;
   const T* ups = gates + p.width;
   T* activations = static_cast<T*>(p.activation) + team.row * p.width;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
   const RowTeam<kWarps, kCount> team;
   const SwigluParams& f = p.forward;
   // kWarps == kMaxWarps: one row a block, so the whole block leaves here or none of it.
-  if (team.row >= *f.num_rows || team.row >= f.rows) return;
+  if (team.row >= f.rows || !f.segments.has(team.row, f.num_experts)) return;
   const T* gates = static_cast<const T*>(f.z) + team.row * 2 * f.width;
   const T* grads = static_cast<const T*>(p.grad_activation) + team.row * f.width;
   T* grad_gates = static_cast<T*>(p.grad_z) + team.row * 2 * f.width;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
 // One thread a row: neighbours read neighbouring sums. Eight loads are in flight at once.
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) add_up(const PartialSums p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= *p.num_rows || row >= p.rows) return;
+  if (row >= p.rows || !p.segments.has(row, p.num_experts)) return;
   float sum = 0.0f;
 #pragma unroll 8
   for (int64_t part = 0; part < p.num_parts; ++part) sum += p.parts[part * p.rows + row];

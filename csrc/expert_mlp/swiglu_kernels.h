@@ -6,14 +6,16 @@
 #include <cstdint>
 
 #include "common/element_type.h"
+#include "expert_mlp/row_segments.h"
 
 namespace torch_moe_ep {
 
-// Rows from *num_rows on are neither read nor written. z is [R, 2I], gate columns first.
+// Rows that no expert has are neither read nor written. z is [R, 2I], gate columns first.
 struct SwigluParams {
   int64_t rows;              // R, bounds the grid
   int64_t width;             // I; 16-byte accesses where I and the pointers allow them
-  const int64_t* num_rows;   // device, one number: expert_offsets + L
+  RowSegments segments;      // offsets: device
+  int num_experts;           // L
   const void* z;             // [R, 2I]
   const float* row_weights;  // [R]
   void* activation;          // [R, I]: row_weight * silu(gate) * up, fp32 inside, one rounding
@@ -28,10 +30,11 @@ struct SwigluBackwardParams {
                                 // order (bit-equal from run to run, no atomics)
 };
 
-// sums[r] = the sum over part of parts[part, r], ascending. Rows from *num_rows on are not written.
+// sums[r] = the sum over part of parts[part, r], ascending. Rows that no expert has are not written.
 struct PartialSums {
-  int64_t rows;             // R
-  const int64_t* num_rows;  // device, one number
+  int64_t rows;          // R
+  RowSegments segments;  // offsets: device
+  int num_experts;       // L
   int64_t num_parts;
   const float* parts;  // [num_parts, R]
   float* sums;         // [R]
