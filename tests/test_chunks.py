@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from chunk_cases import NUM_EXPERTS, Layer, results_of_two_steps
+from gpu.cases import poisoned_memory
 from node_cases import ranks_per_node
 from parallel_cases import UNEVEN, Run, backward, build, reference_of
 
@@ -23,39 +24,62 @@ from torch_moe_ep.testing.parallel import from_rank0, full_gradients
 MANY = 40  # more chunks than any rank has tokens
 
 
+def experts_of_this_rank(layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """gate_up and down, the same on every rank."""
+    local = NUM_EXPERTS // dist.get_world_size()
+    generator = torch.Generator().manual_seed(5)
+    gate_up = torch.randn(local, 2 * layer.width, layer.hidden, generator=generator)
+    return gate_up, torch.randn(local, layer.hidden, layer.width, generator=generator)
+
+
 def movement_in_chunks(num_chunks: int, top_k: int, alignment: int) -> list[str]:
     """What differs in any bit from plan, dispatch and the experts' forward."""
     layer = Layer(top_k=top_k)
     x, ids, weights, _ = layer.inputs()
     x, weights = x.detach(), weights.detach()
     group = dist.group.WORLD.group_name
-    local = NUM_EXPERTS // dist.get_world_size()
-    generator = torch.Generator().manual_seed(5)
-    gate_up = torch.randn(local, 2 * layer.width, layer.hidden, generator=generator)
-    down = torch.randn(local, layer.hidden, layer.width, generator=generator)
+    experts = experts_of_this_rank(layer)
     plan = ops.plan(ids, NUM_EXPERTS, group_name=group, row_alignment=alignment)
-    rows, row_weights = ops.dispatch(x, weights, plan)
     offsets = plan.expert_offsets
-    y, z = torch.ops.torch_moe_ep.expert_mlp_forward(
-        rows, row_weights, offsets, offsets, gate_up, down, 0
+    y, _ = torch.ops.torch_moe_ep.expert_mlp_forward(
+        *ops.dispatch(x, weights, plan), offsets, offsets, *experts, 0
     )
     expected = {
-        "output": ops.combine(y, plan), "rows": rows, "row_weights": row_weights, "z": z,
-        "counts": plan.counts,
+        "output": ops.combine(y, plan), "counts": plan.counts,
+        **rows_of_chunks(x, weights, ids, experts, num_chunks, alignment),
     }  # fmt: skip
     chunks, packed = ops.plan_chunks(
         x, weights, ids, NUM_EXPERTS, num_chunks, group_name=group, row_alignment=alignment
     )
     found = {"counts": chunks.counts.sum(0)}
     for buffer in (packed, (None, None)):  # packed with the plan, and chunk by chunk
-        results = torch.ops.torch_moe_ep.chunked_experts_forward(
-            x, weights, *chunks[:3], gate_up, down, *chunks[3:], 0, *buffer, True, True
-        )
+        with poisoned_memory():
+            results = torch.ops.torch_moe_ep.chunked_experts_forward(
+                x, weights, *chunks[:3], *experts, *chunks[3:], 0, *buffer, True, True
+            )
         found.update(zip(("output", "rows", "row_weights", "z"), results, strict=True))
         differing = [name for name in expected if not torch.equal(found[name], expected[name])]
         if differing:
             return differing
     return []
+
+
+def rows_of_chunks(x, weights, ids, experts, num_chunks, alignment) -> dict[str, torch.Tensor]:
+    """Rows, their weights and z of each chunk dispatched alone, put in the order of the whole:
+    expert, chunk, source rank, token."""
+    group, tokens = dist.group.WORLD.group_name, ids.size(0)
+    segments: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(experts[0].size(0))]
+    for chunk in range(num_chunks):
+        part = slice(chunk * tokens // num_chunks, (chunk + 1) * tokens // num_chunks)
+        plan = ops.plan(ids[part], NUM_EXPERTS, group_name=group, row_alignment=alignment)
+        found = ops.dispatch(x[part], weights[part], plan)
+        offsets = plan.expert_offsets
+        _, z = torch.ops.torch_moe_ep.expert_mlp_forward(*found, offsets, offsets, *experts, 0)
+        for expert, of_expert in enumerate(segments):
+            rows = slice(*offsets[expert : expert + 2].tolist())
+            of_expert.append(tuple(it[rows] for it in (*found, z)))
+    whole = zip(*(segment for of_expert in segments for segment in of_expert), strict=True)
+    return dict(zip(("rows", "row_weights", "z"), map(torch.cat, whole), strict=True))
 
 
 @pytest.mark.parametrize("alignment", [1, 4])
@@ -65,6 +89,31 @@ def movement_in_chunks(num_chunks: int, top_k: int, alignment: int) -> list[str]
 def test_movement_in_chunks_is_that_of_one_bit_for_bit(ranks, world, num_chunks, top_k, alignment):
     found = ranks(world).run(movement_in_chunks, num_chunks, top_k, alignment)
     assert found == [[]] * world
+
+
+def gradients_of_one_chunk() -> list[str]:
+    """Which gradients of a plan of one chunk differ in any bit from those of the four operators."""
+    layer, group = Layer(top_k=3), dist.group.WORLD.group_name
+    runs = []
+    for is_chunked in (False, True):
+        x, ids, weights, upstream = layer.inputs()
+        experts = [weight.requires_grad_() for weight in experts_of_this_rank(layer)]
+        if is_chunked:
+            chunks, _ = ops.plan_chunks(x, weights, ids, NUM_EXPERTS, 1, group_name=group)
+            y = ops.chunked_experts(x, weights, chunks, *experts)
+        else:
+            plan = ops.plan(ids, NUM_EXPERTS, group_name=group)
+            rows, row_weights = ops.dispatch(x, weights, plan)
+            y = ops.combine(ops.expert_mlp(rows, row_weights, plan, *experts), plan)
+        y.backward(upstream)
+        found = [y, *(leaf.grad for leaf in (x, weights, *experts))]
+        runs.append(dict(zip(("y", "x", "weights", "gate_up", "down"), found, strict=True)))
+    plain, chunked = runs
+    return [name for name in plain if not torch.equal(plain[name], chunked[name])]
+
+
+def test_one_chunk_is_the_four_operators_bit_for_bit(ranks):
+    assert ranks(2).run(gradients_of_one_chunk) == [[]] * 2
 
 
 @pytest.mark.parametrize(
@@ -133,10 +182,10 @@ def test_bfloat16_error_in_chunks_is_within_twice_hugging_faces(ranks):
 NAMES = {
     "c10d::_allgather_base_": "counts",
     "c10d::alltoall_base_": "rows",
-    "torch_moe_ep::expert_mlp_forward": "experts",
-    "torch_moe_ep::expert_mlp_input_grads": "input gradients",
+    "torch_moe_ep::expert_mlp_forward_chunk": "experts",
+    "torch_moe_ep::expert_mlp_input_grads_chunk": "input gradients",
     "torch_moe_ep::expert_mlp_weight_grads": "weight gradients",
-    "torch_moe_ep::expert_mlp_backward": "all gradients",
+    "torch_moe_ep::expert_mlp_backward_chunks": "all gradients",
 }
 
 
@@ -389,43 +438,3 @@ def test_plan_of_chunks_without_a_group_is_refused():
     ids, weights = random_routing(4, 2, NUM_EXPERTS)
     with pytest.raises(ValueError, match=r"got no group_name \(call plan\)"):
         ops.plan_chunks(torch.randn(4, 16), weights, ids, NUM_EXPERTS, 2, group_name="")
-
-
-def parts_of_a_backward(dtype: torch.dtype) -> tuple[list, list, tuple, tuple]:
-    """expert_mlp_backward, its two parts in turn, and the arguments of these."""
-    offsets = torch.tensor([0, 5, 5, 12])
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*sizes):
-        return torch.randn(*sizes, generator=generator).to(dtype)
-
-    grad_y, rows, z = normal(12, 16), normal(12, 16), normal(12, 48)
-    weights = torch.rand(12, generator=generator)
-    gate_up, down = normal(3, 48, 16), normal(3, 16, 24)
-    operators = torch.ops.torch_moe_ep
-    expected = operators.expert_mlp_backward(
-        grad_y, rows, weights, z, offsets, offsets, gate_up, down, 0.5, 0
-    )
-    first = (grad_y, None, weights, z, offsets, offsets, gate_up, down)
-    grad_rows, grad_weights, grad_z, activation = operators.expert_mlp_input_grads(*first)
-    second = (grad_y, rows, grad_z, activation, offsets, offsets, 0.5)
-    found = [grad_rows, grad_weights, *operators.expert_mlp_weight_grads(*second)]
-    return list(expected), found, first, second
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backward_in_two_parts_is_that_in_one(dtype):
-    expected, found, first, second = parts_of_a_backward(dtype)
-    for ours, whole in zip(found, expected, strict=True):
-        assert torch.equal(ours, whole)
-    grad_y, _, weights, _, *rest = first
-    operators = torch.ops.torch_moe_ep
-    torch.library.opcheck(operators.expert_mlp_input_grads, first, test_utils=CHECKS)
-    torch.library.opcheck(operators.expert_mlp_weight_grads, second, test_utils=CHECKS)
-    with pytest.raises(ValueError, match="rows or z must be given, and not both, got none"):
-        operators.expert_mlp_input_grads(grad_y, None, weights, None, *rest)
-    with pytest.raises(ValueError, match=r"grad_z must be .* \[12, 48\], got"):
-        operators.expert_mlp_weight_grads(*second[:2], second[2][:, :40], *second[3:])
-
-
-CHECKS = ("test_schema", "test_faketensor")

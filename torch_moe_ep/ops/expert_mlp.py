@@ -125,24 +125,29 @@ def _expert_mlp_backward_fake(
     )
 
 
-@torch.library.register_fake("torch_moe_ep::expert_mlp_input_grads")
-def _expert_mlp_input_grads_fake(
+@torch.library.register_fake("torch_moe_ep::expert_mlp_forward_chunk")
+@torch.library.register_fake("torch_moe_ep::expert_mlp_input_grads_chunk")
+def _expert_mlp_chunk_fake(*_args: object) -> None:
+    """Both write into tensors that are there."""
+
+
+@torch.library.register_fake("torch_moe_ep::expert_mlp_backward_chunks")
+def _expert_mlp_backward_chunks_fake(
     grad_y: torch.Tensor,
-    rows: torch.Tensor | None,
+    rows: torch.Tensor,
     row_weights: torch.Tensor,
-    z: torch.Tensor | None,
-    expert_offsets: torch.Tensor,
+    z: torch.Tensor,
+    segment_offsets: torch.Tensor,
     host_offsets: torch.Tensor,
+    num_chunks: int,
     gate_up: torch.Tensor,
     down: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_slots = grad_y.size(0)
-    return (
-        grad_y.new_empty(grad_y.shape),
-        row_weights.new_empty(row_weights.shape),
-        grad_y.new_empty((num_slots, gate_up.size(1))),
-        grad_y.new_empty((num_slots, down.size(2))),
-    )
+    weight_grad_scale: float,
+    slots_per_pass: int,
+    grad_rows: torch.Tensor,
+    grad_row_weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return gate_up.new_empty(gate_up.shape), down.new_empty(down.shape)
 
 
 @torch.library.register_fake("torch_moe_ep::expert_mlp_weight_grads")
@@ -151,11 +156,12 @@ def _expert_mlp_weight_grads_fake(
     rows: torch.Tensor,
     grad_z: torch.Tensor,
     activation: torch.Tensor,
-    expert_offsets: torch.Tensor,
+    segment_offsets: torch.Tensor,
     host_offsets: torch.Tensor,
+    num_chunks: int,
     weight_grad_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_experts = expert_offsets.size(0) - 1
+    num_experts = (segment_offsets.size(0) - 1) // num_chunks
     return (
         rows.new_empty((num_experts, grad_z.size(1), rows.size(1))),
         rows.new_empty((num_experts, rows.size(1), activation.size(1))),
