@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from gpu.cases import poisoned_memory
 
-from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, metrics
+from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, metrics, ops
 from torch_moe_ep.testing import LoneExperts, random_routing
 from torch_moe_ep.testing.parallel import full_gradients
 
@@ -63,3 +63,32 @@ def results_of_two_steps(layer: Layer, ep: int, config: dict) -> dict[str, torch
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     found = {**first, "load": metrics.expert_load(model).tokens["experts"]}
     return {name: value.cpu() for name, value in found.items()}
+
+
+def rows_of_chunks(
+    tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    experts: tuple[torch.Tensor, torch.Tensor],
+    num_chunks: int,
+    row_alignment: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Rows, their weights and z of each chunk dispatched alone, in the order of all chunks:
+    expert, chunk, source rank, token.
+
+    tokens: hidden states, router weights and expert ids. Collective.
+    """
+    x, weights, ids = tokens
+    group, num_tokens = dist.group.WORLD.group_name, ids.size(0)
+    segments: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(experts[0].size(0))]
+    for chunk in range(num_chunks):
+        part = slice(chunk * num_tokens // num_chunks, (chunk + 1) * num_tokens // num_chunks)
+        plan = ops.plan(ids[part], NUM_EXPERTS, group_name=group, row_alignment=row_alignment)
+        found = ops.dispatch(x[part], weights[part], plan)
+        offsets = plan.expert_offsets
+        _, z = torch.ops.torch_moe_ep.expert_mlp_forward(
+            *found, offsets, offsets.cpu(), *experts, 0
+        )
+        for expert, of_expert in enumerate(segments):
+            rows = slice(*offsets[expert : expert + 2].tolist())
+            of_expert.append(tuple(it[rows] for it in (*found, z)))
+    whole = zip(*(segment for of_expert in segments for segment in of_expert), strict=True)
+    return dict(zip(("rows", "row_weights", "z"), map(torch.cat, whole), strict=True))

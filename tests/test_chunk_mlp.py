@@ -1,65 +1,23 @@
 """The operators of expert_mlp on segments of buffers of all chunks: a chunk's rows in place."""
 
-import dataclasses
-
 import pytest
 import torch
+from chunk_mlp_cases import Sizes, Whole, is_untouched, poisoned
 
-from torch_moe_ep import _library  # noqa: F401  (loads the operators)
+from torch_moe_ep import ops  # noqa: F401  (loads the operators and their fakes)
 from torch_moe_ep.testing import relative_error
 
 operators = torch.ops.torch_moe_ep
 CHECKS = ("test_schema", "test_faketensor")
-EXPERTS, HIDDEN, WIDTH = 3, 16, 24
-CHUNK_LENGTHS = {  # rows of each expert in each chunk
-    1: [[5], [0], [7]],
-    2: [[5, 0], [3, 4], [0, 6]],
-    3: [[2, 0, 3], [0, 0, 0], [4, 1, 6]],
-}
+ONE = ((5,), (0,), (7,))
+TWO = ((5, 0), (3, 4), (0, 6))
+THREE = ((2, 0, 3), (0, 0, 0), (4, 1, 6))
+CASES = [Sizes(ONE), Sizes(TWO, dtype=torch.bfloat16), Sizes(THREE)]
 
 
-@dataclasses.dataclass
-class Whole:
-    """Buffers of all chunks, and what one chunk gives on them."""
-
-    num_chunks: int
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*sizes):
-            return torch.randn(*sizes, generator=generator).to(self.dtype)
-
-        lengths = torch.tensor(CHUNK_LENGTHS[self.num_chunks]).flatten()
-        self.offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        self.expert_offsets = self.offsets[:: self.num_chunks].clone()
-        num_slots = int(self.offsets[-1]) + 2  # two rows that nobody owns
-        self.rows, self.grad_y = normal(num_slots, HIDDEN), normal(num_slots, HIDDEN)
-        self.row_weights = torch.rand(num_slots, generator=generator)
-        self.experts = (normal(EXPERTS, 2 * WIDTH, HIDDEN), normal(EXPERTS, HIDDEN, WIDTH))
-
-    def rows_of(self, chunk: int) -> torch.Tensor:
-        """Which slots are the chunk's."""
-        mask = torch.zeros(self.rows.size(0), dtype=torch.bool)
-        for segment in range(chunk, EXPERTS * self.num_chunks, self.num_chunks):
-            mask[self.offsets[segment] : self.offsets[segment + 1]] = True
-        return mask
-
-    def segments(self, chunk: int, is_known: bool = True) -> tuple:
-        """segment_offsets, host_offsets, num_chunks and chunk."""
-        return self.offsets, self.offsets if is_known else self.offsets[:0], self.num_chunks, chunk
-
-    def empty(self, *columns: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A result's buffer; what is not written stays 7."""
-        return torch.full((self.rows.size(0), *columns), 7.0, dtype=dtype or self.dtype)
-
-
-def poisoned(tensor: torch.Tensor, is_read: torch.Tensor) -> torch.Tensor:
-    """NaN in all rows but these."""
-    found = tensor.clone()
-    found[~is_read] = float("nan")
-    return found
+@pytest.fixture(params=CASES, ids=str)
+def whole(request):
+    return Whole(request.param)
 
 
 def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
@@ -70,60 +28,44 @@ def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
         assert relative_error(ours.float(), expected.float()) < 2e-2
 
 
-def check_rows_of_chunk(ours: list, expected: list, is_written: torch.Tensor) -> None:
-    """The chunk's rows are those of the whole, and no other row is written."""
+def check_rows(ours: list, expected: list, is_written: torch.Tensor) -> None:
+    """These rows are those of the whole, and no other row is written."""
     for found, whole in zip(ours, expected, strict=True):
         assert_same(found[is_written], whole[is_written])
-        assert bool((found[~is_written] == 7).all())
-
-
-CASES = pytest.mark.parametrize(
-    ("num_chunks", "dtype"), [(1, torch.float32), (2, torch.bfloat16), (3, torch.float32)], ids=str
-)
+        assert is_untouched(found, is_written)
 
 
 @pytest.mark.parametrize("slots_per_pass", [0, 4])
-@CASES
-def test_forward_of_a_chunk_writes_its_rows_alone(num_chunks, dtype, slots_per_pass):
+def test_forward_of_a_chunk_writes_its_rows_alone(whole, slots_per_pass):
     """NaN in the rows of other chunks reaches nothing."""
-    whole = Whole(num_chunks, dtype)
     expected = operators.expert_mlp_forward(
-        whole.rows, whole.row_weights, *[whole.expert_offsets] * 2, *whole.experts, 0
+        whole.rows, whole.row_weights, *whole.of_all_chunks(), *whole.experts, 0
     )
-    for chunk in range(num_chunks):
+    for chunk in range(whole.num_chunks):
         mine = whole.rows_of(chunk)
-        y, z = whole.empty(HIDDEN), whole.empty(2 * WIDTH)
-        arguments = (
-            poisoned(whole.rows, mine), poisoned(whole.row_weights, mine),
-            *whole.segments(chunk), *whole.experts, slots_per_pass, y,
-            None if slots_per_pass else z,
-        )  # fmt: skip
+        results = [whole.empty(whole.hidden), whole.empty(2 * whole.width)]
+        if slots_per_pass:
+            results[1] = None
+        inputs = (poisoned(whole.rows, mine), poisoned(whole.row_weights, mine))
+        arguments = (*inputs, *whole.segments(chunk), *whole.experts, slots_per_pass, *results)
         operators.expert_mlp_forward_chunk(*arguments)
-        check_rows_of_chunk([y], expected[:1], mine)
-        if not slots_per_pass:
-            check_rows_of_chunk([z], expected[1:], mine)
-        torch.library.opcheck(
-            operators.expert_mlp_forward_chunk, arguments, test_utils=CHECKS
-        )  # fmt: skip
+        num_results = 1 if slots_per_pass else 2
+        check_rows(results[:num_results], expected[:num_results], mine)
+        torch.library.opcheck(operators.expert_mlp_forward_chunk, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("has_z", [True, False])
-@CASES
-def test_gradients_of_a_chunk_and_then_of_the_weights_are_those_of_all_rows(
-    num_chunks, dtype, has_z
-):
-    whole = Whole(num_chunks, dtype)
-    offsets = [whole.expert_offsets] * 2
-    _, z = operators.expert_mlp_forward(
-        whole.rows, whole.row_weights, *offsets, *whole.experts, 0
-    )  # fmt: skip
+def test_gradients_of_chunks_and_then_of_the_weights_are_those_of_all_rows(whole, has_z):
+    offsets, rest = whole.of_all_chunks(), (*whole.experts, 0)
+    inputs = (whole.rows, whole.row_weights)
+    _, z = operators.expert_mlp_forward(*inputs, *offsets, *rest)
     expected = operators.expert_mlp_backward(
-        whole.grad_y, whole.rows, whole.row_weights, z, *offsets, *whole.experts, 0.5, 0
+        whole.grad_y, *inputs, z, *offsets, *whole.experts, 0.5, 0
     )
-    grad_z, activation = whole.empty(2 * WIDTH), whole.empty(WIDTH)
-    for chunk in range(num_chunks):
+    *_, grad_z, activation = whole.gradient_buffers()
+    for chunk in range(whole.num_chunks):
         mine = whole.rows_of(chunk)
-        grad_rows, grad_row_weights = whole.empty(HIDDEN), whole.empty(dtype=torch.float32)
+        of_rows = whole.gradient_buffers()[:2]
         arguments = (
             poisoned(whole.grad_y, mine),
             None if has_z else poisoned(whole.rows, mine),
@@ -131,13 +73,12 @@ def test_gradients_of_a_chunk_and_then_of_the_weights_are_those_of_all_rows(
             poisoned(z, mine) if has_z else None,
             *whole.segments(chunk, is_known=False),
             *whole.experts,
-            *(grad_rows, grad_row_weights, grad_z, activation),
+            *(*of_rows, grad_z, activation),
         )
         operators.expert_mlp_input_grads_chunk(*arguments)
-        check_rows_of_chunk([grad_rows, grad_row_weights], expected[:2], mine)
-        torch.library.opcheck(
-            operators.expert_mlp_input_grads_chunk, arguments, test_utils=CHECKS
-        )  # fmt: skip
+        check_rows(of_rows, expected[:2], mine)
+        torch.library.opcheck(operators.expert_mlp_input_grads_chunk, arguments, test_utils=CHECKS)
+    assert is_untouched(grad_z, whole.owned()) and is_untouched(activation, whole.owned())
     arguments = (whole.grad_y, whole.rows, grad_z, activation, *whole.segments(0)[:3], 0.5)
     for ours, theirs in zip(
         operators.expert_mlp_weight_grads(*arguments), expected[2:], strict=True
@@ -147,63 +88,50 @@ def test_gradients_of_a_chunk_and_then_of_the_weights_are_those_of_all_rows(
 
 
 @pytest.mark.parametrize("slots_per_pass", [0, 4])
-@CASES
-def test_backward_of_all_chunks_at_once_is_that_of_all_rows(num_chunks, dtype, slots_per_pass):
-    whole = Whole(num_chunks, dtype)
-    z = torch.empty(0, 2 * WIDTH, dtype=dtype)
+def test_backward_of_all_chunks_at_once_is_that_of_all_rows(whole, slots_per_pass):
+    z = torch.empty(0, 2 * whole.width, dtype=whole.dtype)
     inputs = (whole.grad_y, whole.rows, whole.row_weights, z)
-    expected = operators.expert_mlp_backward(
-        *inputs, *[whole.expert_offsets] * 2, *whole.experts, 0.5, slots_per_pass
-    )
-    grad_rows, grad_row_weights = whole.empty(HIDDEN), whole.empty(dtype=torch.float32)
-    arguments = (
-        *inputs, *whole.segments(0)[:3], *whole.experts, 0.5, slots_per_pass,
-        grad_rows, grad_row_weights,
-    )  # fmt: skip
-    grad_gate_up, grad_down = operators.expert_mlp_backward_chunks(*arguments)
-    owned = torch.arange(whole.rows.size(0)) < whole.offsets[-1]
-    check_rows_of_chunk([grad_rows, grad_row_weights], expected[:2], owned)
-    assert torch.equal(grad_gate_up, expected[2]) and torch.equal(grad_down, expected[3])
+    rest = (*whole.experts, 0.5, slots_per_pass)
+    expected = operators.expert_mlp_backward(*inputs, *whole.of_all_chunks(), *rest)
+    of_rows = whole.gradient_buffers()[:2]
+    arguments = (*inputs, *whole.segments(0)[:3], *rest, *of_rows)
+    of_weights = operators.expert_mlp_backward_chunks(*arguments)
+    check_rows(of_rows, expected[:2], whole.owned())
+    for ours, theirs in zip(of_weights, expected[2:], strict=True):
+        assert torch.equal(ours, theirs)
     torch.library.opcheck(operators.expert_mlp_backward_chunks, arguments, test_utils=CHECKS)
-
-
-def forward_with(change: dict) -> None:
-    whole = Whole(2, torch.float32)
-    arguments = {
-        "rows": whole.rows, "row_weights": whole.row_weights, "segment_offsets": whole.offsets,
-        "host_offsets": whole.offsets, "num_chunks": 2, "chunk": 0, "gate_up": whole.experts[0],
-        "down": whole.experts[1], "slots_per_pass": 0, "y": whole.empty(HIDDEN), "z": None,
-        **change,
-    }  # fmt: skip
-    operators.expert_mlp_forward_chunk(**arguments)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"chunk": 2}, "chunk must be one of the 2 chunks, from 0 on, got 2"),
-        ({"num_chunks": 4}, r"expert_offsets must be .* \[local experts \* num_chunks \+ 1\]"),
         ({"num_chunks": 0}, "chunk must be one of the 0 chunks"),
-        ({"y": torch.zeros(20, HIDDEN).t()}, "y is written and must be contiguous Float"),
+        ({"num_chunks": 4}, r"or \[local experts \* num_chunks \+ 1\] of chunks, got shape \[7\]"),
+        ({"y": torch.zeros(16, 20).t()}, "y is written and must be contiguous Float"),
         ({"z": torch.zeros(20, 5)}, "z is written and must be contiguous Float"),
     ],
     ids=str,
 )
 def test_what_does_not_fit_a_chunk_is_refused(change, message):
+    whole = Whole(Sizes(TWO))
+    names = ("segment_offsets", "host_offsets", "num_chunks", "chunk", "gate_up", "down")
+    arguments = dict(zip(names, (*whole.segments(0), *whole.experts), strict=True))
+    arguments.update(rows=whole.rows, row_weights=whole.row_weights, slots_per_pass=0)
+    arguments.update(y=whole.empty(whole.hidden), z=None)
     with pytest.raises(ValueError, match=message):
-        forward_with(change)
+        operators.expert_mlp_forward_chunk(**arguments | change)
 
 
-def test_rows_or_z_and_the_products_of_one_width_are_asked_for():
-    whole = Whole(2, torch.float32)
-    targets = (whole.empty(HIDDEN), whole.empty(), whole.empty(2 * WIDTH), whole.empty(WIDTH))
+def test_backward_asks_for_rows_or_z_and_for_products_of_one_width():
+    whole = Whole(Sizes(TWO))
     with pytest.raises(ValueError, match="rows or z must be given, and not both, got none"):
         operators.expert_mlp_input_grads_chunk(
-            whole.grad_y, None, whole.row_weights, None, *whole.segments(0), *whole.experts,
-            *targets,
-        )  # fmt: skip
+            *(whole.grad_y, None, whole.row_weights, None),
+            *(*whole.segments(0), *whole.experts, *whole.gradient_buffers()),
+        )
+    found = (whole.empty(40), whole.empty(whole.width))
     with pytest.raises(ValueError, match=r"grad_z must be .*, 48\], got"):
         operators.expert_mlp_weight_grads(
-            whole.grad_y, whole.rows, whole.empty(40), whole.empty(WIDTH),
-            *whole.segments(0)[:3], 1.0,
-        )  # fmt: skip
+            whole.grad_y, whole.rows, *found, *whole.segments(0)[:3], 1.0
+        )

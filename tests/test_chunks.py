@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from chunk_cases import NUM_EXPERTS, Layer, results_of_two_steps
+from chunk_cases import NUM_EXPERTS, Layer, results_of_two_steps, rows_of_chunks
 from gpu.cases import poisoned_memory
 from node_cases import ranks_per_node
 from parallel_cases import UNEVEN, Run, backward, build, reference_of
@@ -46,7 +46,7 @@ def movement_in_chunks(num_chunks: int, top_k: int, alignment: int) -> list[str]
     )
     expected = {
         "output": ops.combine(y, plan), "counts": plan.counts,
-        **rows_of_chunks(x, weights, ids, experts, num_chunks, alignment),
+        **rows_of_chunks((x, weights, ids), experts, num_chunks, row_alignment=alignment),
     }  # fmt: skip
     chunks, packed = ops.plan_chunks(
         x, weights, ids, NUM_EXPERTS, num_chunks, group_name=group, row_alignment=alignment
@@ -62,24 +62,6 @@ def movement_in_chunks(num_chunks: int, top_k: int, alignment: int) -> list[str]
         if differing:
             return differing
     return []
-
-
-def rows_of_chunks(x, weights, ids, experts, num_chunks, alignment) -> dict[str, torch.Tensor]:
-    """Rows, their weights and z of each chunk dispatched alone, put in the order of the whole:
-    expert, chunk, source rank, token."""
-    group, tokens = dist.group.WORLD.group_name, ids.size(0)
-    segments: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in range(experts[0].size(0))]
-    for chunk in range(num_chunks):
-        part = slice(chunk * tokens // num_chunks, (chunk + 1) * tokens // num_chunks)
-        plan = ops.plan(ids[part], NUM_EXPERTS, group_name=group, row_alignment=alignment)
-        found = ops.dispatch(x[part], weights[part], plan)
-        offsets = plan.expert_offsets
-        _, z = torch.ops.torch_moe_ep.expert_mlp_forward(*found, offsets, offsets, *experts, 0)
-        for expert, of_expert in enumerate(segments):
-            rows = slice(*offsets[expert : expert + 2].tolist())
-            of_expert.append(tuple(it[rows] for it in (*found, z)))
-    whole = zip(*(segment for of_expert in segments for segment in of_expert), strict=True)
-    return dict(zip(("rows", "row_weights", "z"), map(torch.cat, whole), strict=True))
 
 
 @pytest.mark.parametrize("alignment", [1, 4])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from chunk_cases import NUM_EXPERTS, Layer, results_of_two_steps
+from chunk_cases import NUM_EXPERTS, Layer, results_of_two_steps, rows_of_chunks
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.launch_order import EXPERTS, forward_on_two_ranks, launches_of
@@ -50,7 +50,7 @@ def gpu_ranks() -> Iterator[Callable[[int], RankPool]]:
 
 
 def movement_in_chunks(num_chunks: int, top_k: int, has_invalid: bool) -> list[str]:
-    """What differs in any bit from one chunk's movement, with NaN in memory that nobody wrote."""
+    """What differs in any bit from chunks moved alone, with NaN in memory that nobody wrote."""
     rank, group = share_the_gpu(), dist.group.WORLD.group_name
     tokens = 0 if rank == 1 else 150 + 230 * rank
     case = Case(tokens, NUM_EXPERTS, top_k, 48, "skewed", torch.bfloat16)
@@ -65,18 +65,18 @@ def movement_in_chunks(num_chunks: int, top_k: int, has_invalid: bool) -> list[s
     gate_up = normal(local, 64, 48, dtype=case.dtype, seed=1).cuda()
     down = normal(local, 48, 32, dtype=case.dtype, seed=2).cuda()
     with poisoned_memory():
-        plan = ops.plan(ids, NUM_EXPERTS, group_name=group)
-        rows, row_weights = ops.dispatch(x, weights, plan)
+        counts = ops.plan(ids, NUM_EXPERTS, group_name=group).counts
+        alone = rows_of_chunks((x, weights, ids), (gate_up, down), num_chunks)
         chunks, packed = ops.plan_chunks(x, weights, ids, NUM_EXPERTS, num_chunks, group_name=group)
-        differing = [] if torch.equal(chunks.counts.sum(0), plan.counts) else ["counts"]
+        differing = [] if torch.equal(chunks.counts.sum(0), counts) else ["counts"]
         outputs = []
         for buffer in (packed, (None, None)):  # packed with the plan, and chunk by chunk
             output, found, found_weights, z = torch.ops.torch_moe_ep.chunked_experts_forward(
                 x, weights, *chunks[:3], gate_up, down, *chunks[3:], 0, *buffer, True, True
             )
             outputs.append(output)
-            differing += [] if torch.equal(found, rows) else ["rows"]
-            differing += [] if torch.equal(found_weights, row_weights) else ["row_weights"]
+            differing += [] if torch.equal(found, alone["rows"]) else ["rows"]
+            differing += [] if torch.equal(found_weights, alone["row_weights"]) else ["weights"]
             differing += ["z"] if z.isnan().any() or output.isnan().any() else []
         differing += [] if torch.equal(*outputs) else ["output"]
     return differing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -108,6 +108,54 @@ def test_grouped_gemm_equals_oracle(
     allowed = max(2 * relative_error(peer, oracle), 2e-3)
     assert ours.shape == oracle.shape
     assert relative_error(ours, oracle) <= allowed
+
+
+# Rows of each expert in each chunk, expert after expert.
+CHUNKED_CASES = [
+    (2, GemmCase((128, 0, 0, 256, 128, 128), 72, 40)),
+    (3, GemmCase((128,) * 30, 512, 1024)),  # single CTAs
+    (2, GemmCase((384, 128, 896, 640, 0, 512), 1000, 520)),  # pairs: a tile's half in another chunk
+    (2, GemmCase((4096, 128, 2176, 4224), 968, 4096)),  # 256 x 192
+    (2, GemmCase((256, 128, 128, 384, 0, 256), 776, 8200)),  # TN: runs along M
+    (4, GemmCase((128,) * 1200, 64, 64)),
+]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("num_chunks", "case"), CHUNKED_CASES, ids=str)
+def test_grouped_gemm_of_a_chunk_takes_its_segments_alone(
+    num_chunks: int, case: GemmCase, layout: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in the rows of other chunks reaches no result of any layout."""
+    monkeypatch.setenv("TORCH_MOE_EP_KERNELS", kernels)
+    experts = GemmCase(case.lengths[::num_chunks], case.columns, case.a_columns)
+    bounds = list(itertools.accumulate(case.lengths, initial=0))
+    num_rows = bounds[-1] + UNOWNED_ROWS
+    for chunk in range(num_chunks):
+        lengths = case.lengths[chunk::num_chunks]
+        alone = operands_of(replace(experts, lengths=lengths), layout)
+        mine = torch.zeros(num_rows, dtype=torch.bool, device="cuda")
+        for segment in range(chunk, len(case.lengths), num_chunks):
+            mine[bounds[segment] : bounds[segment + 1]] = True
+
+        def spread(rows: torch.Tensor, mine: torch.Tensor = mine) -> torch.Tensor:
+            whole = torch.full((num_rows, rows.size(1)), float("nan"), dtype=rows.dtype).cuda()
+            whole[mine] = rows[: int(mine.sum())]
+            return whole
+
+        b = spread(alone.b) if layout == "TN" else alone.b
+        offsets = torch.tensor(bounds, device="cuda")
+        with poisoned_memory():
+            found = torch.ops.torch_moe_ep.grouped_gemm(
+                spread(alone.a), b, offsets, layout, num_chunks, chunk
+            )
+        ours = found if layout == "TN" else found[mine]
+        oracle = torch_product_of(alone, layout, torch.float32)
+        peer = torch_product_of(alone, layout, torch.bfloat16)
+        if oracle.numel():
+            allowed = max(2 * relative_error(peer, oracle), 2e-3)
+            assert relative_error(ours, oracle) <= allowed
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
