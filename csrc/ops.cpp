@@ -134,7 +134,7 @@ TORCH_LIBRARY(torch_moe_ep, m) {
   // needs no GPU.
   m.def(
       "grouped_gemm_tile(str layout, int num_experts, int rows, int columns, int a_columns, "
-      "str epilogue) -> int[]");
+      "str epilogue, int num_chunks=1) -> int[]");
 
   // Results back to their tokens, summed over K; its backward adds this rank's copies per expert to
   // tokens_per_expert.

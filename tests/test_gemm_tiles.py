@@ -85,6 +85,16 @@ def test_tile_of_shape(shape: tuple[object, ...], expected: list[int]) -> None:
 
 
 @needs_cuda_build
+def test_tile_of_a_chunk_is_that_of_its_share_of_the_rows() -> None:
+    (layout, experts, rows, *rest), _ = CASES["up of Mixtral"]
+    for num_chunks in (2, 40):
+        found = torch.ops.torch_moe_ep.grouped_gemm_tile(layout, experts, rows, *rest, num_chunks)
+        alone = (layout, experts, rows // num_chunks, *rest)
+        assert found == torch.ops.torch_moe_ep.grouped_gemm_tile(*alone)
+    assert found == PING_PONG_SINGLE
+
+
+@needs_cuda_build
 def test_tile_of_unknown_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="layout must be NT, NN or TN, got TT"):
         torch.ops.torch_moe_ep.grouped_gemm_tile("TT", 8, 128, 64, 64, "plain")

@@ -24,9 +24,8 @@ void call_forward(const ChunkSegments& segments,
                   const ChunkExperts& experts,
                   const at::Tensor& y,
                   const at::Tensor& z) {
-  static const auto op =
-      find_operator<void(T, T, T, T, int64_t, int64_t, T, T, int64_t, T, Maybe)>(
-          "torch_moe_ep::expert_mlp_forward_chunk");
+  static const auto op = find_operator<void(T, T, T, T, int64_t, int64_t, T, T, int64_t, T, Maybe)>(
+      "torch_moe_ep::expert_mlp_forward_chunk");
   op.call(rows.rows,
           rows.weights,
           segments.offsets,
@@ -91,9 +90,8 @@ WeightGradients call_backward_chunks(const ChunkSegments& segments,
                                      const ChunkExperts& experts,
                                      double weight_grad_scale,
                                      const ChunkRows& into) {
-  static const auto op =
-      find_operator<Two(T, T, T, T, T, T, int64_t, T, T, double, int64_t, T, T)>(
-          "torch_moe_ep::expert_mlp_backward_chunks");
+  static const auto op = find_operator<Two(T, T, T, T, T, T, int64_t, T, T, double, int64_t, T, T)>(
+      "torch_moe_ep::expert_mlp_backward_chunks");
   auto [gate_up, down] = op.call(grad_y,
                                  rows.rows,
                                  rows.weights,

@@ -19,11 +19,10 @@ WeightGradients pipeline_gradients(ChunkTransport& transport,
   transport.start_dispatch(0);
   const at::Tensor grad_y = transport.arrived().rows;
   const ChunkRows leaving = transport.leaving();
-  const InputGradients found = {
-      leaving.rows,
-      leaving.weights,
-      at::empty({segments.num_slots, experts.gate_up.size(1)}, options),
-      at::empty({segments.num_slots, experts.down.size(2)}, options)};
+  const InputGradients found = {leaving.rows,
+                                leaving.weights,
+                                at::empty({segments.num_slots, experts.gate_up.size(1)}, options),
+                                at::empty({segments.num_slots, experts.down.size(2)}, options)};
   for (int64_t chunk = 0; chunk < segments.num_chunks; ++chunk) {
     if (chunk + 1 < segments.num_chunks) transport.start_dispatch(chunk + 1);
     transport.finish_dispatch(chunk);

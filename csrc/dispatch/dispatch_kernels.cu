@@ -308,8 +308,7 @@ __device__ void zero_part(const PackedRows& p, const RowPart& part, int64_t row_
   for (int source = 0; source < p.num_ranks; ++source) {
     count += p.counts[static_cast<int64_t>(source) * p.num_experts + p.first_expert + expert];
   }
-  const int64_t* segment =
-      p.expert_offsets + static_cast<int64_t>(expert) * p.num_chunks + p.chunk;
+  const int64_t* segment = p.expert_offsets + static_cast<int64_t>(expert) * p.num_chunks + p.chunk;
   const int64_t slot = segment[0] + count + part.row % places;
   if (slot >= segment[1]) return;
   if (p.row_weights != nullptr && part.first_word == 0 && lane == 0) p.row_weights[slot] = 0.0f;

@@ -47,8 +47,8 @@ inline at::Tensor counts_by_chunk(const at::Tensor& gathered, int64_t num_chunks
 // Slots that the rank needs that needs most. host_counts [C, P, E].
 int64_t largest_num_slots(const at::Tensor& host_counts, int64_t row_alignment);
 
-// First slot of each segment (l, c) of a rank, l C + c being its number, and the end: [L * C + 1] on
-// the CPU.
+// First slot of each segment (l, c) of a rank, l C + c being its number, and the end: [L * C + 1]
+// on the CPU.
 at::Tensor segment_offsets_of(const at::Tensor& host_counts, int64_t rank, int64_t row_alignment);
 
 // Where the rows are that this rank received; made of the counts alone.

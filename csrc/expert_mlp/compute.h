@@ -20,8 +20,7 @@ struct MlpInputs {
   at::Tensor down;         // [L, H, I]
 
   MlpInputs contiguous() const {
-    return {
-        rows.contiguous(), row_weights.contiguous(), gate_up.contiguous(), down.contiguous()};
+    return {rows.contiguous(), row_weights.contiguous(), gate_up.contiguous(), down.contiguous()};
   }
 };
 

@@ -71,8 +71,8 @@ RowSegments ExpertGemms::on_host() {
 const at::Tensor& ExpertGemms::segment_ends() {
   TORCH_INTERNAL_ASSERT(segments_.has_all_rows());
   if (!segment_ends_.defined()) {
-    segment_ends_ = segments_.offsets.slice(0, segments_.stride, std::nullopt, segments_.stride)
-                        .to(at::kInt);
+    segment_ends_ =
+        segments_.offsets.slice(0, segments_.stride, std::nullopt, segments_.stride).to(at::kInt);
   }
   return segment_ends_;
 }

@@ -115,8 +115,8 @@ inline void check_segment_offsets(const at::Tensor& rows,
                     "host_offsets must be on the CPU, got ",
                     host_offsets.device(),
                     " (call .cpu(), or pass an empty tensor)");
-  TORCH_CHECK_VALUE(host_offsets.dim() == 1 && (host_offsets.size(0) == 0 ||
-                                                host_offsets.size(0) == offsets.size(0)),
+  TORCH_CHECK_VALUE(host_offsets.dim() == 1 &&
+                        (host_offsets.size(0) == 0 || host_offsets.size(0) == offsets.size(0)),
                     "host_offsets must be [",
                     offsets.size(0),
                     "] as expert_offsets, or [0], got shape ",

@@ -109,8 +109,7 @@ MlpOutputs forward(const ExpertSegments& segments,
   if (!into.y.defined()) into.y = at::empty_like(in.rows);
   for (const Pass& pass : passes_of(num_slots, slots_per_pass, segments)) {
     ExpertGemms gemms(pass.segments);
-    const auto hidden =
-        gemms.nt_swiglu(pass.of(in.rows), in.gate_up, pass.of(in.row_weights));
+    const auto hidden = gemms.nt_swiglu(pass.of(in.rows), in.gate_up, pass.of(in.row_weights));
     gemms.nt(hidden.activation, in.down, pass.of(into.y));
   }
   return {into.y, at::Tensor()};

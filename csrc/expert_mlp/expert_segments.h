@@ -21,10 +21,8 @@ struct ExpertSegments {
   bool has_all_rows() const { return span == stride; }
   bool is_known_to_host() const { return host_offsets.numel() > 0; }
   RowSegments between(const int64_t* their_offsets) const {
-    return {their_offsets,
-            static_cast<int>(stride),
-            static_cast<int>(first),
-            static_cast<int>(span)};
+    return {
+        their_offsets, static_cast<int>(stride), static_cast<int>(first), static_cast<int>(span)};
   }
 };
 

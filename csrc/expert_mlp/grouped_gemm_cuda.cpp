@@ -92,10 +92,12 @@ std::vector<int64_t> grouped_gemm_tile(const std::string& layout,
                                        int64_t rows,
                                        int64_t columns,
                                        int64_t a_columns,
-                                       const std::string& epilogue) {
+                                       const std::string& epilogue,
+                                       int64_t num_chunks) {
   check_layout(layout);
+  check_chunk(0, num_chunks);
   const GroupedGemmShape shape = {
-      layout_of(layout), num_experts, rows, columns, a_columns, epilogue_of(epilogue)};
+      layout_of(layout), num_experts, rows, columns, a_columns, epilogue_of(epilogue), num_chunks};
   if (shape.epilogue == GemmEpilogue::kSwigluBackward && !sm90::fuses_swiglu_backward(shape)) {
     return {};
   }

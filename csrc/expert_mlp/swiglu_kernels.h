@@ -30,7 +30,8 @@ struct SwigluBackwardParams {
                                 // order (bit-equal from run to run, no atomics)
 };
 
-// sums[r] = the sum over part of parts[part, r], ascending. Rows that no expert has are not written.
+// sums[r] = the sum over part of parts[part, r], ascending. Rows that no expert has are not
+// written.
 struct PartialSums {
   int64_t rows;          // R
   RowSegments segments;  // offsets: device
