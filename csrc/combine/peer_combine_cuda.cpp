@@ -19,52 +19,52 @@
 #include "combine/combine.h"
 #include "combine/gather_rows.h"
 #include "combine/peer_kernels.h"
+#include "combine/peer_rows.h"
 #include "comm/label.h"
 #include "comm/peer.h"
 #include "common/element_type_of.h"
 #include "common/peer_movement.h"
+#include "common/peer_region.h"
 
 namespace torch_moe_ep {
+
+void pull_rows_cuda(const Gathered& into,
+                    const at::Tensor& slot_of_copy,
+                    int64_t copies_per_output,
+                    const PeerRegion& region,
+                    void* const* buffers,
+                    int64_t num_sms) {
+  PulledRows params = {};
+  params.buffers = buffers;
+  params.rows_offset = region.rows_offset;
+  params.weights_offset = region.weights_offset;
+  params.out = into.out.mutable_data_ptr();
+  if (into.weights.numel() > 0) params.weights = into.weights.mutable_data_ptr<float>();
+  params.slot_of_copy = slot_of_copy.const_data_ptr<int64_t>();
+  params.num_outputs = into.out.size(0);
+  params.copies_per_output = static_cast<int>(copies_per_output);
+  params.row_elements = into.out.size(1);
+  params.element_type = element_type_of(into.out);
+  params.num_sms = static_cast<int>(num_sms);
+  C10_CUDA_CHECK(launch_pull_rows(params, at::cuda::getCurrentCUDAStream()));
+}
+
 namespace {
 
-// As many rows as there are, to a place in this rank's buffer.
+// As many rows as there are, to their place in this rank's buffer.
 void put_rows(const at::Tensor& rows,
               const at::Tensor& expert_offsets,
               const comm::SharedMemory& buffer,
               int64_t byte_offset) {
-  const at::Tensor dense = rows.contiguous();
-  comm::CountedCopy params = {};
-  params.source = dense.const_data_ptr();
-  params.target = static_cast<char*>(buffer.own.mutable_data_ptr()) + byte_offset;
-  params.unit_bytes = (rows.dim() == 2 ? rows.size(1) : 1) * rows.element_size();
-  params.num_units = expert_offsets.const_data_ptr<int64_t>() + expert_offsets.numel() - 1;
-  params.max_units = rows.size(0);
-  C10_CUDA_CHECK(comm::launch_counted_copy(params, at::cuda::getCurrentCUDAStream()));
+  auto* target = static_cast<char*>(buffer.own.mutable_data_ptr()) + byte_offset;
+  comm::copy_rows(rows.contiguous(), target, expert_offsets);
 }
 
-Gathered pull_rows(const at::Tensor& rows,
-                   bool has_weights,
-                   const PeerPlan& plan,
-                   const PeerLayout& layout,
-                   const comm::SharedMemory& buffer) {
-  const int64_t num_outputs = plan.slot_of_copy.numel() / plan.top_k;
+// Sums to be, and weights where rows have some.
+Gathered empty_outputs(const at::Tensor& rows, bool has_weights, int64_t num_outputs, int64_t k) {
   const auto float_options = rows.options().dtype(at::kFloat);
-  Gathered gathered = {at::empty({num_outputs, rows.size(1)}, rows.options()),
-                       has_weights ? at::empty({num_outputs, plan.top_k}, float_options)
-                                   : at::empty({0}, float_options)};
-  PulledRows params = {};
-  params.buffers = buffer.on_ranks();
-  params.weights_offset = layout.weights_offset;
-  params.out = gathered.out.mutable_data_ptr();
-  params.weights = has_weights ? gathered.weights.mutable_data_ptr<float>() : nullptr;
-  params.slot_of_copy = plan.slot_of_copy.const_data_ptr<int64_t>();
-  params.num_outputs = num_outputs;
-  params.copies_per_output = static_cast<int>(plan.top_k);
-  params.row_elements = rows.size(1);
-  params.element_type = element_type_of(rows);
-  params.num_sms = static_cast<int>(plan.num_sms);
-  C10_CUDA_CHECK(launch_pull_rows(params, at::cuda::getCurrentCUDAStream()));
-  return gathered;
+  return {at::empty({num_outputs, rows.size(1)}, rows.options()),
+          has_weights ? at::empty({num_outputs, k}, float_options) : at::empty({0}, float_options)};
 }
 
 PeerMoved peer_combine_cuda(const at::Tensor& rows,
@@ -93,15 +93,17 @@ PeerMoved peer_combine_cuda(const at::Tensor& rows,
                          group_name};
   const PeerSlots slots = peer_slots(plan, peers.rank());
   check_combine(rows, row_weights, slot_of_copy, slots.num_slots, top_k);
-  const PeerLayout layout = peer_layout(slots.room, rows);
-  peers.reserve(layout.num_bytes);
+  const PeerRegion region = PeerRegion::from(0, slots.room, rows);
+  peers.reserve(region.end);
   peers.meet();  // nobody reads or writes the buffers for what came before
-  put_rows(rows, expert_offsets, peers.buffer(), 0);
+  put_rows(rows, expert_offsets, peers.buffer(), region.rows_offset);
   if (row_weights.has_value()) {
-    put_rows(*row_weights, expert_offsets, peers.buffer(), layout.weights_offset);
+    put_rows(*row_weights, expert_offsets, peers.buffer(), region.weights_offset);
   }
   peers.meet();  // all results are in place
-  Gathered gathered = pull_rows(rows, row_weights.has_value(), plan, layout, peers.buffer());
+  const Gathered gathered =
+      empty_outputs(rows, row_weights.has_value(), slot_of_copy.numel() / top_k, top_k);
+  pull_rows_cuda(gathered, slot_of_copy, top_k, region, peers.buffer().on_ranks(), num_sms);
   return {gathered.out, gathered.weights};
 }
 

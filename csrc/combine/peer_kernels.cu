@@ -32,8 +32,8 @@ __device__ inline void fetch_weight(const PulledRows& p, int64_t output, int64_t
 
 template <typename T>
 __device__ inline const T* row_of_slot(const PulledRows& p, int64_t slot, int64_t row_words) {
-  return static_cast<const T*>(p.buffers[slot >> kPeerOwnerShift]) +
-         (slot & kPeerSlotMask) * row_words;
+  const char* buffer = static_cast<const char*>(p.buffers[slot >> kPeerOwnerShift]);
+  return reinterpret_cast<const T*>(buffer + p.rows_offset) + (slot & kPeerSlotMask) * row_words;
 }
 
 // How a warp's accesses are spread: kSlots rows of copies are fetched before the first is added,

@@ -16,6 +16,7 @@ namespace torch_moe_ep {
 // the row's bits are kept.
 struct PulledRows {
   void* const* buffers;         // [num_ranks] where each rank's buffer is mapped
+  int64_t rows_offset;          // bytes from a buffer's start to its rows, a multiple of 16
   int64_t weights_offset;       // bytes from a buffer's start to its row weights
   void* out;                    // [num_outputs, row_elements]
   float* weights;               // [num_outputs * copies_per_output], or null: row weights of copies

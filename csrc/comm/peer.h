@@ -2,8 +2,8 @@
 // kernels write and read rows where they belong. Knows bytes and ranks only. CUDA alone.
 //
 // Every operation is collective: the ranks of a group do the same ones in the same order. They run
-// on the caller's stream, one after the other also where that changes. Nothing waits on the host
-// but what says so. NVLink multicast is never used.
+// on the caller's stream, one after the other also where that changes, or on the group's own
+// streams beside it. Nothing waits on the host but what says so. NVLink multicast is never used.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "comm/peer_kernels.h"
+#include "comm/side_stream.h"
 
 namespace torch_moe_ep::comm {
 
@@ -61,6 +62,14 @@ class PeerGroup {
   void reserve(int64_t num_bytes);
   const SharedMemory& buffer() const { return buffer_; }
 
+  // This operation comes after the last one, whatever stream that was on. Returns the current
+  // stream.
+  c10::cuda::CUDAStream enter();
+  // Streams for operations that go on beside the current stream: between ranks, and inside this
+  // one. Who forks one joins it before its operation ends.
+  SideStream& row_stream() { return row_stream_; }
+  SideStream& copy_stream() { return copy_stream_; }
+
   // Waits on the host for the current stream, and raises when a peer was given up on.
   void wait_for_stream();
 
@@ -69,8 +78,6 @@ class PeerGroup {
   PeerGroup(const Group& group, std::string name, c10::Device device);
   SharedMemory share(int64_t num_bytes) const;
   PeerMeeting meeting() const;
-  // This operation comes after the last one, whatever stream that was on.
-  c10::cuda::CUDAStream enter();
   void raise_if_failed() const;
   void wait_for_host_numbers(uint64_t value) const;
   bool belongs_to(const Group& group) const;
@@ -88,11 +95,17 @@ class PeerGroup {
   struct HostBlock {
     PeerReport report;
     uint64_t ready;
-    int64_t numbers[kMaxPeers * kMaxGatheredNumbers];
   };
   HostBlock* host_;
+  int64_t* host_numbers_;  // [P, kMaxGatheredNumbers], likewise
   uint64_t num_host_gatherings_ = 0;
   std::optional<c10::cuda::CUDAStream> last_stream_;
+  SideStream row_stream_;
+  SideStream copy_stream_;
 };
+
+// As many of `rows` (contiguous) as the last of `offsets` says, which the device alone need know,
+// to `target`. On the current stream.
+void copy_rows(const at::Tensor& rows, void* target, const at::Tensor& offsets);
 
 }  // namespace torch_moe_ep::comm

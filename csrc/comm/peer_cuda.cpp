@@ -106,7 +106,12 @@ PeerGroup* PeerGroup::find(const std::string& group_name) {
 }
 
 PeerGroup::PeerGroup(const Group& group, std::string name, c10::Device device)
-    : owner_(group), group_(group.get()), name_(std::move(name)), device_(device) {
+    : owner_(group),
+      group_(group.get()),
+      name_(std::move(name)),
+      device_(device),
+      row_stream_(device, SideStream::Priority::kHigh),
+      copy_stream_(device, SideStream::Priority::kNormal) {
   TORCH_CHECK_VALUE(group->getSize() <= kMaxPeers,
                     "the peer transport takes groups of at most ",
                     kMaxPeers,
@@ -119,6 +124,9 @@ PeerGroup::PeerGroup(const Group& group, std::string name, c10::Device device)
   state_ = at::zeros({sizeof(PeerState) / sizeof(int64_t)},
                      at::TensorOptions().dtype(at::kLong).device(device));
   C10_CUDA_CHECK(cudaHostAlloc(reinterpret_cast<void**>(&host_), sizeof(HostBlock), 0));
+  const auto num_numbers = static_cast<size_t>(group->getSize()) * kMaxGatheredNumbers;
+  C10_CUDA_CHECK(
+      cudaHostAlloc(reinterpret_cast<void**>(&host_numbers_), num_numbers * sizeof(int64_t), 0));
   host_->report = {};
   host_->ready = 0;
   control_ = share(control_bytes(static_cast<int>(group->getSize())));
@@ -162,9 +170,7 @@ c10::cuda::CUDAStream PeerGroup::enter() {
   const auto stream = at::cuda::getCurrentCUDAStream(device_.index());
   if (last_stream_.has_value() && *last_stream_ != stream &&
       is_capturing(*last_stream_) == is_capturing(stream)) {
-    at::cuda::CUDAEvent done;
-    done.record(*last_stream_);
-    done.block(stream);
+    make_wait(stream, *last_stream_);
   }
   last_stream_ = stream;
   return stream;
@@ -203,7 +209,7 @@ PeerGroup::Numbers PeerGroup::gather(const at::Tensor& row, bool wants_host) {
   params.all = numbers.all.mutable_data_ptr<int64_t>();
   params.count = static_cast<int>(row.numel());
   if (wants_host) {
-    params.host_all = host_->numbers;
+    params.host_all = host_numbers_;
     params.host_ready = &host_->ready;
     params.host_value = ++num_host_gatherings_;
   }
@@ -211,7 +217,7 @@ PeerGroup::Numbers PeerGroup::gather(const at::Tensor& row, bool wants_host) {
   if (wants_host) {
     wait_for_host_numbers(params.host_value);
     numbers.host_all = at::empty(numbers.all.sizes(), row.options().device(at::kCPU));
-    std::copy_n(host_->numbers, numbers.all.numel(), numbers.host_all.mutable_data_ptr<int64_t>());
+    std::copy_n(host_numbers_, numbers.all.numel(), numbers.host_all.mutable_data_ptr<int64_t>());
   }
   return numbers;
 }
@@ -274,6 +280,16 @@ void PeerGroup::wait_for_stream() {
     std::this_thread::sleep_for(kNap);
   }
   raise_if_failed();
+}
+
+void copy_rows(const at::Tensor& rows, void* target, const at::Tensor& offsets) {
+  CountedCopy params = {};
+  params.source = rows.const_data_ptr();
+  params.target = target;
+  params.unit_bytes = (rows.dim() == 2 ? rows.size(1) : 1) * rows.element_size();
+  params.num_units = offsets.const_data_ptr<int64_t>() + offsets.numel() - 1;
+  params.max_units = rows.size(0);
+  C10_CUDA_CHECK(launch_counted_copy(params, at::cuda::getCurrentCUDAStream()));
 }
 
 namespace {

@@ -7,16 +7,14 @@
 namespace torch_moe_ep::comm {
 namespace {
 
-constexpr int kMeetingThreads = kMaxPeers;
-constexpr int kGatherThreads = kMaxGatheredNumbers;
+constexpr int kMeetingThreads = kWarpSize;
+constexpr int kGatherThreads = 512;
 constexpr unsigned kNapNs = 100;
 
 constexpr int kCopyThreads = 256;
 constexpr int kCopiesPerThread = 4;  // 16-byte accesses in flight a thread
 // Enough to fill any GPU; blocks stride over what is more.
 constexpr int64_t kMaxCopyBlocks = 2048;
-
-static_assert(kMeetingThreads >= kMaxPeers && kGatherThreads >= kMaxPeers, "one thread a peer");
 
 __device__ inline uint64_t now_ns() {
   uint64_t time = 0;
@@ -45,10 +43,9 @@ __device__ inline int64_t* gathered_numbers(const PeerMeeting& m, int rank, uint
   return first + static_cast<int64_t>(gathering % 2) * m.num_ranks * kMaxGatheredNumbers;
 }
 
-// Whether the peer came to the meeting in time.
-__device__ bool wait_for(const PeerMeeting& m, int peer, uint64_t meeting) {
+// Whether the peer came to the meeting within the time-out, which runs from start.
+__device__ bool wait_for(const PeerMeeting& m, int peer, uint64_t meeting, uint64_t start) {
   const uint64_t* arrived = arrivals(m, m.rank) + peer;
-  const uint64_t start = now_ns();
   while (load_acquire(arrived) < meeting) {
     if (now_ns() - start > static_cast<uint64_t>(m.timeout_ns)) return false;
     __nanosleep(kNapNs);
@@ -65,27 +62,26 @@ __device__ void report_missing(const PeerMeeting& m, uint64_t missing) {
   store_release(&m.report->has_failed, 1);
 }
 
-// For one whole block; false after a failure. A rank that has failed says nothing any more, so that
-// its peers give up too.
+// By one whole warp, a lane for every 32nd peer; false after a failure. A rank that has failed says
+// nothing any more, so that its peers give up too.
 __device__ bool meet(const PeerMeeting& m) {
-  __shared__ uint64_t meeting;
-  __shared__ uint64_t has_failed;
-  __shared__ unsigned long long missing;
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread == 0) {
-    meeting = m.state->meetings + 1;
-    has_failed = m.state->has_failed;
-    missing = 0;
-  }
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const uint64_t meeting = m.state->meetings + 1;
+  if (m.state->has_failed != 0) return false;
   __threadfence_system();
-  __syncthreads();
-  if (has_failed != 0) return false;
-  if (thread < m.num_ranks) {
-    store_release(arrivals(m, thread) + m.rank, meeting);
-    if (!wait_for(m, thread, meeting)) atomicOr(&missing, 1ULL << thread);
+  __syncwarp();
+  for (int peer = lane; peer < m.num_ranks; peer += kWarpSize) {
+    store_release(arrivals(m, peer) + m.rank, meeting);
   }
-  __syncthreads();
-  if (thread == 0) {
+  const uint64_t start = now_ns();
+  uint64_t missing = 0;
+  for (int peer = lane; peer < m.num_ranks; peer += kWarpSize) {
+    if (!wait_for(m, peer, meeting, start)) missing |= uint64_t{1} << peer;
+  }
+  const unsigned low = __reduce_or_sync(kFullMask, static_cast<unsigned>(missing));
+  const unsigned high = __reduce_or_sync(kFullMask, static_cast<unsigned>(missing >> 32));
+  missing = uint64_t{high} << 32 | low;
+  if (lane == 0) {
     m.state->meetings = meeting;
     if (missing != 0) report_missing(m, missing);
   }
@@ -97,22 +93,30 @@ __global__ void __launch_bounds__(kMeetingThreads) meeting_kernel(const PeerMeet
 // A rank's numbers of gathering g are overwritten by those of g + 2, which their sender writes
 // after the meeting of g + 1, to which this rank comes after it has read g.
 __global__ void __launch_bounds__(kGatherThreads) gather_numbers_kernel(const GatheredNumbers p) {
+  __shared__ bool is_complete;
   const PeerMeeting& m = p.meeting;
   const int thread = static_cast<int>(threadIdx.x);
   const uint64_t gathering = m.state->gatherings;
   for (int peer = 0; peer < m.num_ranks; ++peer) {
     int64_t* target =
         gathered_numbers(m, peer, gathering) + static_cast<int64_t>(m.rank) * kMaxGatheredNumbers;
-    if (thread < p.count) target[thread] = p.own[thread];
+    for (int i = thread; i < p.count; i += kGatherThreads) target[i] = p.own[i];
   }
-  const bool is_complete = meet(m);
+  __threadfence_system();
+  __syncthreads();
+  if (thread < kWarpSize) {
+    const bool have_all_come = meet(m);
+    if (thread == 0) is_complete = have_all_come;
+  }
+  __syncthreads();
   const int64_t* source = gathered_numbers(m, m.rank, gathering);
-  for (int rank = 0; rank < m.num_ranks && thread < p.count; ++rank) {
-    const int64_t number =
-        is_complete ? __ldcg(source + static_cast<int64_t>(rank) * kMaxGatheredNumbers + thread)
-                    : 0;
-    p.all[rank * p.count + thread] = number;
-    if (p.host_all != nullptr) p.host_all[rank * p.count + thread] = number;
+  for (int rank = 0; rank < m.num_ranks; ++rank) {
+    for (int i = thread; i < p.count; i += kGatherThreads) {
+      const int64_t number =
+          is_complete ? __ldcg(source + static_cast<int64_t>(rank) * kMaxGatheredNumbers + i) : 0;
+      p.all[rank * p.count + i] = number;
+      if (p.host_all != nullptr) p.host_all[rank * p.count + i] = number;
+    }
   }
   __threadfence_system();
   __syncthreads();

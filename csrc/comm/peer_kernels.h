@@ -9,8 +9,8 @@
 
 namespace torch_moe_ep::comm {
 
-constexpr int kMaxPeers = 64;             // a bit each in PeerReport::missing
-constexpr int kMaxGatheredNumbers = 512;  // a rank's numbers in one gathering
+constexpr int kMaxPeers = 64;              // a bit each in PeerReport::missing
+constexpr int kMaxGatheredNumbers = 8192;  // a rank's numbers in one gathering: 128 KiB of control
 
 // Device memory of this rank. Counting happens here, so that replays of a CUDA graph go on where
 // the run before them stopped.
@@ -29,8 +29,9 @@ struct PeerReport {
 };
 
 // A meeting ends on a rank when all ranks of the group have come to it. What a rank wrote before,
-// into anybody's memory, all ranks read after. One block each: it waits for other GPUs alone, so it
-// leaves the other multiprocessors to whatever those GPUs wait for.
+// into anybody's memory, all ranks read after. One warp each: it waits for other GPUs alone, so it
+// leaves the other multiprocessors to whatever those GPUs wait for, and needs little enough to run
+// beside a GEMM on the same one.
 struct PeerMeeting {
   void* const* control;  // [num_ranks] control blocks, control_bytes(num_ranks) each
   PeerState* state;

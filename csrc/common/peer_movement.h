@@ -44,20 +44,6 @@ inline PeerSlots peer_slots(const PeerPlan& plan, int64_t rank) {
   return {sizes.num_slots, sizes.largest_num_slots};
 }
 
-// The buffer of every rank: rows [room, H], then row weights fp32 [room], for 16-byte accesses.
-struct PeerLayout {
-  int64_t row_bytes;
-  int64_t weights_offset;  // bytes
-  int64_t num_bytes;
-};
-
-inline PeerLayout peer_layout(int64_t room, const at::Tensor& rows) {
-  constexpr int64_t kAlignment = 16;
-  const int64_t row_bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
-  const int64_t offset = (room * row_bytes + kAlignment - 1) / kAlignment * kAlignment;
-  return {row_bytes, offset, offset + room * static_cast<int64_t>(sizeof(float))};
-}
-
 // keep: rows get memory of their own. Else they lie in the buffer, until the group's next
 // operation.
 inline PeerMoved call_peer_dispatch(const at::Tensor& x,

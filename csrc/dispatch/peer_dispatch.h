@@ -31,11 +31,22 @@
 
 #include <cstdint>
 
+#include "comm/peer_kernels.h"
 #include "common/checks.h"
 
 namespace torch_moe_ep {
 
-inline void check_peer_plan(int64_t row_alignment, int64_t capacity, const at::Tensor& needed) {
+// num_counts: of a rank, for all chunks.
+inline void check_peer_plan(int64_t num_counts,
+                            int64_t row_alignment,
+                            int64_t capacity,
+                            const at::Tensor& needed) {
+  TORCH_CHECK_VALUE(num_counts <= comm::kMaxGatheredNumbers,
+                    "num_chunks times num_experts must be at most ",
+                    comm::kMaxGatheredNumbers,
+                    " with the peer transport, got ",
+                    num_counts,
+                    " (take fewer chunks)");
   TORCH_CHECK_VALUE(capacity >= 0 && capacity % row_alignment == 0,
                     "capacity must be a multiple of row_alignment ",
                     row_alignment,

@@ -4,72 +4,18 @@
 
 #include "common/peer_slot.h"
 #include "common/vector.cuh"
-#include "dispatch/dispatch_kernels.h"
 
 namespace torch_moe_ep {
 namespace {
 
-constexpr int kSegmentThreads = kMaxExperts;
-constexpr int kPlaceThreads = 256;
 // 32 warps with 4 accesses of 16 bytes a lane: 64 KiB in flight a multiprocessor, enough for the
 // latency of memory at its share of NVLink.
 constexpr int kPushThreads = 1024;
 constexpr int kPushWarps = kPushThreads / kWarpSize;
 constexpr int kAccessesPerLane = 4;
-
-__device__ inline int64_t round_up_to(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-// Example: 2 ranks, 2 experts each, alignment 4, counts [[1, 2, 0, 3], [3, 3, 1, 0]]: the segments
-// of rank 0 have 4 and 5 rows and begin at 0 and 4, and it needs 12; those of rank 1 have 1 and 3,
-// begin at 0 and 4, and it needs 8. First slots of rank 1's copies: 1, 6, 0, 7.
-__global__ void __launch_bounds__(kSegmentThreads) place_segments(const PeerSegments p) {
-  __shared__ int64_t scratch[kSegmentThreads / kWarpSize];
-  __shared__ int64_t starts[kMaxExperts];
-  const int expert = static_cast<int>(threadIdx.x);
-  const int num_local = p.num_experts / p.num_ranks;
-  int64_t length = 0;
-  int64_t before = 0;
-  if (expert < p.num_experts) {
-    for (int source = 0; source < p.num_ranks; ++source) {
-      const int64_t count = p.counts[static_cast<int64_t>(source) * p.num_experts + expert];
-      if (source < p.rank) before += count;
-      length += count;
-    }
-  }
-  const int64_t padded = round_up_to(length, p.row_alignment);
-  int64_t total = 0;
-  const int64_t start = block_exclusive_sum<kSegmentThreads>(padded, scratch, &total);
-  starts[expert] = start;
-  __syncthreads();
-  if (expert >= p.num_experts) return;
-  const int owner = expert / num_local;
-  const int local = expert % num_local;
-  const int64_t slot = start - starts[owner * num_local];
-  const int64_t end = slot + padded;
-  const int64_t limit = p.capacity > 0 ? p.capacity : total;
-  p.first_slots[expert] = slot + before;
-  if (owner == p.rank) p.expert_offsets[local] = min(slot, limit);
-  if (local != num_local - 1) return;
-  if (owner == p.rank) p.expert_offsets[num_local] = min(end, limit);
-  // Integers alone, so order cannot matter.
-  if (end > limit) atomicMax(reinterpret_cast<long long*>(p.slots_needed), end);
-}
-
-__global__ void __launch_bounds__(kPlaceThreads) place_peer_copies(const PeerCopyPlaces p) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kPlaceThreads;
-  for (int64_t n = static_cast<int64_t>(blockIdx.x) * kPlaceThreads + threadIdx.x; n < p.num_copies;
-       n += stride) {
-    const int64_t place = p.slot_of_copy[n];
-    if (place < 0) continue;
-    const int64_t expert = p.expert_ids[n];
-    const int64_t slot = p.first_slots[expert] + place - p.segment_offsets[expert];
-    const int64_t owner = expert / p.num_local_experts;
-    const bool has_room = p.capacity == 0 || slot < p.capacity;
-    p.slot_of_copy[n] = has_room ? (owner << kPeerOwnerShift) + slot : -1;
-  }
-}
+constexpr int kPaddingThreads = 256;
+// A segment's padding is shared by so many blocks: 127 rows of 8 KiB are 1 MiB.
+constexpr int kPaddingBlocks = 8;
 
 // One warp a part of a source row, which is read once and written to each of its slots. Warps
 // stride over the parts, so that the number of multiprocessors is the caller's to choose.
@@ -102,14 +48,40 @@ __global__ void __launch_bounds__(kPushThreads, 1)
     for (int k = 0; k < p.copies_per_source; ++k) {
       const int64_t slot = __shfl_sync(kFullMask, lane_slot, k);
       if (slot < 0) continue;
-      Word* target = static_cast<Word*>(p.buffers[slot >> kPeerOwnerShift]) +
-                     (slot & kPeerSlotMask) * row_words;
+      char* buffer = static_cast<char*>(p.buffers[slot >> kPeerOwnerShift]);
+      Word* target =
+          reinterpret_cast<Word*>(buffer + p.rows_offset) + (slot & kPeerSlotMask) * row_words;
 #pragma unroll
       for (int i = 0; i < kAccessesPerLane; ++i) {
         const int64_t word = first_word + i * kWarpSize + lane;
         if (word < row_words) target[word] = words[i];
       }
     }
+  }
+}
+
+// Blocks (segment, share of it). Rows beyond a capacity leave no padding.
+template <typename Word>
+__global__ void __launch_bounds__(kPaddingThreads) zero_padding(const SegmentPadding p) {
+  const int segment = static_cast<int>(blockIdx.x);
+  const int chunk = segment % p.num_chunks;
+  const int64_t expert =
+      static_cast<int64_t>(p.rank) * p.num_local_experts + segment / p.num_chunks;
+  int64_t first = p.segment_offsets[segment];
+  for (int source = 0; source < p.num_ranks; ++source) {
+    const int64_t row = static_cast<int64_t>(chunk) * p.num_ranks + source;
+    first += p.counts[row * p.num_experts + expert];
+  }
+  const int64_t num_rows = p.segment_offsets[segment + 1] - first;
+  const int64_t row_words = p.row_bytes / static_cast<int64_t>(sizeof(Word));
+  const int64_t thread = static_cast<int64_t>(blockIdx.y) * kPaddingThreads + threadIdx.x;
+  Word* words = static_cast<Word*>(p.rows) + first * row_words;
+  for (int64_t i = thread; i < num_rows * row_words; i += kPaddingBlocks * kPaddingThreads) {
+    words[i] = Word{};
+  }
+  if (p.row_weights == nullptr) return;
+  for (int64_t i = thread; i < num_rows; i += kPaddingBlocks * kPaddingThreads) {
+    p.row_weights[first + i] = 0.0f;
   }
 }
 
@@ -126,20 +98,6 @@ cudaError_t launch_push_words(const PushedRows& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_place_segments(const PeerSegments& segments, cudaStream_t stream) {
-  place_segments<<<1, kSegmentThreads, 0, stream>>>(segments);
-  return cudaGetLastError();
-}
-
-cudaError_t launch_place_peer_copies(const PeerCopyPlaces& places, cudaStream_t stream) {
-  constexpr int64_t kMaxBlocks = 1024;
-  const int64_t needed = (places.num_copies + kPlaceThreads - 1) / kPlaceThreads;
-  if (needed == 0) return cudaSuccess;
-  const auto blocks = static_cast<unsigned>(std::min(needed, kMaxBlocks));
-  place_peer_copies<<<blocks, kPlaceThreads, 0, stream>>>(places);
-  return cudaGetLastError();
-}
-
 // Buffers begin at multiples of 16 bytes on every rank, so the source's alignment decides.
 cudaError_t launch_push_rows(const PushedRows& pushed, cudaStream_t stream) {
   const auto bits =
@@ -147,6 +105,17 @@ cudaError_t launch_push_rows(const PushedRows& pushed, cudaStream_t stream) {
   if (bits % kAccessBytes == 0) return launch_push_words<uint4>(pushed, stream);
   if (bits % sizeof(uint32_t) == 0) return launch_push_words<uint32_t>(pushed, stream);
   return launch_push_words<uint16_t>(pushed, stream);
+}
+
+cudaError_t launch_zero_padding(const SegmentPadding& padding, cudaStream_t stream) {
+  const auto segments = static_cast<unsigned>(padding.num_local_experts * padding.num_chunks);
+  const dim3 grid(segments, kPaddingBlocks);
+  if (padding.row_bytes % kAccessBytes == 0) {
+    zero_padding<uint4><<<grid, kPaddingThreads, 0, stream>>>(padding);
+  } else {
+    zero_padding<uint16_t><<<grid, kPaddingThreads, 0, stream>>>(padding);
+  }
+  return cudaGetLastError();
 }
 
 }  // namespace torch_moe_ep
