@@ -61,6 +61,12 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "capacity, "
       "str group_name, Tensor(a!) invalid_flag, Tensor(b!) slots_needed) -> (Tensor slot_of_copy, "
       "Tensor expert_offsets, Tensor counts, Tensor host_counts)");
+  // The same for tokens in chunks: every chunk's counts meet in one exchange.
+  m.def(
+      "peer_plan_chunks(Tensor expert_ids, int num_experts, int num_chunks, int row_alignment, "
+      "int max_rows, int capacity, str group_name, Tensor(a!) invalid_flag, "
+      "Tensor(b!) slots_needed) -> (Tensor slot_of_copy, Tensor segment_offsets, Tensor counts, "
+      "Tensor host_counts)");
   // Without keep the rows lie in memory that the group's next operation overwrites.
   m.def(
       "peer_dispatch(Tensor x, Tensor? weights, Tensor slot_of_copy, Tensor expert_offsets, "
@@ -155,11 +161,13 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "str group_name, Tensor? tokens_per_expert=None) -> (Tensor x, Tensor weights)");
 
   // dispatch, expert_mlp and combine of tokens in chunks: a chunk travels under the GEMMs of the
-  // one before, in forward and in backward; differentiable.
+  // one before, in forward and in backward; differentiable. segment_offsets, capacity and num_sms
+  // are those of peer_plan_chunks; none and 0 with the process group's all-to-alls.
   m.def(
       "chunked_experts(Tensor x, Tensor weights, Tensor slot_of_copy, Tensor counts, "
       "Tensor host_counts, Tensor gate_up, Tensor down, int top_k, int row_alignment, "
-      "str group_name, float weight_grad_scale, int slots_per_pass, bool recompute_gate_up, "
+      "str group_name, Tensor? segment_offsets, int capacity, int num_sms, "
+      "float weight_grad_scale, int slots_per_pass, bool recompute_gate_up, "
       "Tensor? tokens_per_expert=None, Tensor? send_rows=None, Tensor? send_weights=None) "
       "-> Tensor");
   // The same with what backward reads, in the order that one chunk would have: rows, row_weights
@@ -167,14 +175,14 @@ TORCH_LIBRARY(torch_moe_ep, m) {
   m.def(
       "chunked_experts_forward(Tensor x, Tensor weights, Tensor slot_of_copy, Tensor counts, "
       "Tensor host_counts, Tensor gate_up, Tensor down, int top_k, int row_alignment, "
-      "str group_name, int slots_per_pass, Tensor? send_rows, Tensor? send_weights, "
-      "bool keep_rows, bool keep_gate_up) "
+      "str group_name, Tensor? segment_offsets, int capacity, int num_sms, int slots_per_pass, "
+      "Tensor? send_rows, Tensor? send_weights, bool keep_rows, bool keep_gate_up) "
       "-> (Tensor output, Tensor rows, Tensor row_weights, Tensor z)");
   // Gradients of x, of the router weights, and of both expert weights.
   m.def(
       "chunked_experts_backward(Tensor grad_output, Tensor rows, Tensor row_weights, Tensor z, "
       "Tensor slot_of_copy, Tensor counts, Tensor host_counts, Tensor gate_up, Tensor down, "
-      "int top_k, int row_alignment, str group_name, float weight_grad_scale, "
-      "int slots_per_pass) -> (Tensor grad_x, Tensor grad_weights, Tensor grad_gate_up, "
-      "Tensor grad_down)");
+      "int top_k, int row_alignment, str group_name, Tensor? segment_offsets, int capacity, "
+      "int num_sms, float weight_grad_scale, int slots_per_pass) -> (Tensor grad_x, "
+      "Tensor grad_weights, Tensor grad_gate_up, Tensor grad_down)");
 }

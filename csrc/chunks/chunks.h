@@ -41,7 +41,7 @@
 
 namespace torch_moe_ep {
 
-// The plan as plan_chunks returns it.
+// The plan as plan_chunks returns it, or peer_plan_chunks.
 struct ChunkPlan {
   at::Tensor slot_of_copy;
   at::Tensor counts;
@@ -49,6 +49,12 @@ struct ChunkPlan {
   int64_t top_k;
   int64_t row_alignment;
   std::string group_name;
+  // Over peers alone (dispatch/peer_dispatch.h).
+  at::Tensor segment_offsets;  // else undefined
+  int64_t capacity;
+  int64_t num_sms;
+
+  bool is_over_peers() const { return segment_offsets.defined(); }
 };
 
 // What chunks need of a device.

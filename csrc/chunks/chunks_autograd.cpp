@@ -52,6 +52,9 @@ Four call_forward(const at::Tensor& x,
                                          int64_t,
                                          int64_t,
                                          const std::string&,
+                                         const Maybe&,
+                                         int64_t,
+                                         int64_t,
                                          int64_t,
                                          const Maybe&,
                                          const Maybe&,
@@ -67,6 +70,9 @@ Four call_forward(const at::Tensor& x,
                  plan.top_k,
                  plan.row_alignment,
                  plan.group_name,
+                 given(plan.segment_offsets),
+                 plan.capacity,
+                 plan.num_sms,
                  slots_per_pass,
                  send_rows,
                  send_weights,
@@ -74,16 +80,30 @@ Four call_forward(const at::Tensor& x,
                  keep_gate_up);
 }
 
-// saved: rows, row_weights, z, slot_of_copy, counts, host_counts, gate_up, down.
+// saved: rows, row_weights, z, slot_of_copy, counts, host_counts, gate_up, down, segment_offsets.
 Four call_backward(const at::Tensor& grad_output,
                    const variable_list& saved,
                    AutogradContext* ctx) {
   using T = const at::Tensor&;
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("torch_moe_ep::chunked_experts_backward", "")
-          .typed<Four(
-              T, T, T, T, T, T, T, T, T, int64_t, int64_t, const std::string&, double, int64_t)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("torch_moe_ep::chunked_experts_backward", "")
+                             .typed<Four(T,
+                                         T,
+                                         T,
+                                         T,
+                                         T,
+                                         T,
+                                         T,
+                                         T,
+                                         T,
+                                         int64_t,
+                                         int64_t,
+                                         const std::string&,
+                                         const Maybe&,
+                                         int64_t,
+                                         int64_t,
+                                         double,
+                                         int64_t)>();
   return op.call(grad_output,
                  saved[0],
                  saved[1],
@@ -96,6 +116,9 @@ Four call_backward(const at::Tensor& grad_output,
                  ctx->saved_data["top_k"].toInt(),
                  ctx->saved_data["row_alignment"].toInt(),
                  ctx->saved_data["group_name"].toStringRef(),
+                 given(saved[8]),
+                 ctx->saved_data["capacity"].toInt(),
+                 ctx->saved_data["num_sms"].toInt(),
                  ctx->saved_data["weight_grad_scale"].toDouble(),
                  ctx->saved_data["slots_per_pass"].toInt());
 }
@@ -123,11 +146,20 @@ class ChunkedExperts : public torch::autograd::Function<ChunkedExperts> {
                                                        given(packed.weights),
                                                        is_kept,
                                                        !options.recompute_gate_up);
-    ctx->save_for_backward(
-        {rows, row_weights, z, plan.slot_of_copy, plan.counts, plan.host_counts, gate_up, down});
+    ctx->save_for_backward({rows,
+                            row_weights,
+                            z,
+                            plan.slot_of_copy,
+                            plan.counts,
+                            plan.host_counts,
+                            gate_up,
+                            down,
+                            plan.segment_offsets});
     ctx->saved_data["top_k"] = plan.top_k;
     ctx->saved_data["row_alignment"] = plan.row_alignment;
     ctx->saved_data["group_name"] = plan.group_name;
+    ctx->saved_data["capacity"] = plan.capacity;
+    ctx->saved_data["num_sms"] = plan.num_sms;
     ctx->saved_data["weight_grad_scale"] = options.weight_grad_scale;
     ctx->saved_data["slots_per_pass"] = options.slots_per_pass;
     ctx->saved_data["layer"] = static_cast<int64_t>(comm::current_label().layer);
@@ -162,6 +194,9 @@ at::Tensor chunked_experts_autograd(const at::Tensor& x,
                                     int64_t top_k,
                                     int64_t row_alignment,
                                     const std::string& group_name,
+                                    const Maybe& segment_offsets,
+                                    int64_t capacity,
+                                    int64_t num_sms,
                                     double weight_grad_scale,
                                     int64_t slots_per_pass,
                                     bool recompute_gate_up,
@@ -176,7 +211,15 @@ at::Tensor chunked_experts_autograd(const at::Tensor& x,
       weights,
       gate_up,
       down,
-      ChunkPlan{slot_of_copy, counts, host_counts, top_k, row_alignment, group_name},
+      ChunkPlan{slot_of_copy,
+                counts,
+                host_counts,
+                top_k,
+                row_alignment,
+                group_name,
+                segment_offsets.value_or(at::Tensor()),
+                capacity,
+                num_sms},
       Options{weight_grad_scale, slots_per_pass, recompute_gate_up},
       is_kept,
       ChunkRows{send_rows.value_or(at::Tensor()), send_weights.value_or(at::Tensor())},
@@ -195,23 +238,33 @@ at::Tensor chunked_experts_inference(const at::Tensor& x,
                                      int64_t top_k,
                                      int64_t row_alignment,
                                      const std::string& group_name,
+                                     const Maybe& segment_offsets,
+                                     int64_t capacity,
+                                     int64_t num_sms,
                                      double /*weight_grad_scale*/,
                                      int64_t slots_per_pass,
                                      bool /*recompute_gate_up*/,
                                      const Maybe& /*tokens_per_expert*/,
                                      const Maybe& send_rows,
                                      const Maybe& send_weights) {
-  return std::get<0>(
-      call_forward(x,
-                   weights,
-                   {slot_of_copy, counts, host_counts, top_k, row_alignment, group_name},
-                   gate_up,
-                   down,
-                   slots_per_pass,
-                   send_rows,
-                   send_weights,
-                   /*keep_rows=*/false,
-                   /*keep_gate_up=*/false));
+  return std::get<0>(call_forward(x,
+                                  weights,
+                                  {slot_of_copy,
+                                   counts,
+                                   host_counts,
+                                   top_k,
+                                   row_alignment,
+                                   group_name,
+                                   segment_offsets.value_or(at::Tensor()),
+                                   capacity,
+                                   num_sms},
+                                  gate_up,
+                                  down,
+                                  slots_per_pass,
+                                  send_rows,
+                                  send_weights,
+                                  /*keep_rows=*/false,
+                                  /*keep_gate_up=*/false));
 }
 
 }  // namespace

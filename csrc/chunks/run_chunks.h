@@ -29,6 +29,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_forwa
     int64_t top_k,
     int64_t row_alignment,
     const std::string& group_name,
+    const std::optional<at::Tensor>& segment_offsets,
+    int64_t capacity,
+    int64_t num_sms,
     int64_t slots_per_pass,
     const std::optional<at::Tensor>& send_rows,
     const std::optional<at::Tensor>& send_weights,
@@ -37,7 +40,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_forwa
   check_dispatch(x, weights, slot_of_copy, top_k);
   if (send_rows) check_packed(x, /*has_weights=*/true, slot_of_copy, *send_rows, send_weights);
   const c10::DeviceGuard guard(x.device());
-  ChunkLayout layout({slot_of_copy, counts, host_counts, top_k, row_alignment, group_name});
+  const ChunkPlan plan = {slot_of_copy,
+                          counts,
+                          host_counts,
+                          top_k,
+                          row_alignment,
+                          group_name,
+                          segment_offsets.value_or(at::Tensor()),
+                          capacity,
+                          num_sms};
+  ChunkLayout layout(plan);
   const ChunkRows packed = send_rows ? ChunkRows{*send_rows, *send_weights} : ChunkRows{};
   CollectiveChunks transport(
       layout, kDevice, {"dispatch", "combine"}, {x.contiguous(), weights.contiguous()}, packed);
@@ -61,11 +73,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_backw
     int64_t top_k,
     int64_t row_alignment,
     const std::string& group_name,
+    const std::optional<at::Tensor>& segment_offsets,
+    int64_t capacity,
+    int64_t num_sms,
     double weight_grad_scale,
     int64_t slots_per_pass) {
   check_dispatch(grad_output, std::nullopt, slot_of_copy, top_k);
   const c10::DeviceGuard guard(grad_output.device());
-  ChunkLayout layout({slot_of_copy, counts, host_counts, top_k, row_alignment, group_name});
+  const ChunkPlan plan = {slot_of_copy,
+                          counts,
+                          host_counts,
+                          top_k,
+                          row_alignment,
+                          group_name,
+                          segment_offsets.value_or(at::Tensor()),
+                          capacity,
+                          num_sms};
+  ChunkLayout layout(plan);
   TORCH_CHECK_VALUE(rows.size(0) == layout.segments().num_slots,
                     "rows must be the ",
                     layout.segments().num_slots,

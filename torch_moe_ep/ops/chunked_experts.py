@@ -55,14 +55,10 @@ def chunked_experts(
     output: torch.Tensor = torch.ops.torch_moe_ep.chunked_experts(
         x,
         weights,
-        plan.slot_of_copy,
-        plan.counts,
-        plan.host_counts,
+        *plan[:3],
         gate_up,
         down,
-        plan.top_k,
-        plan.row_alignment,
-        plan.group_name,
+        *plan[3:],
         weight_grad_scale,
         slots_per_pass,
         recompute_gate_up,
@@ -84,13 +80,17 @@ def _chunked_experts_forward_fake(
     top_k: int,
     row_alignment: int,
     group_name: str,
+    segment_offsets: torch.Tensor | None,
+    capacity: int,
+    num_sms: int,
     slots_per_pass: int,
     send_rows: torch.Tensor | None,
     send_weights: torch.Tensor | None,
     keep_rows: bool,
     keep_gate_up: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_kept = torch.library.get_ctx().new_dynamic_size() if keep_rows else 0
+    num_slots = capacity or torch.library.get_ctx().new_dynamic_size()
+    num_kept = num_slots if keep_rows else 0
     num_z = num_kept if keep_gate_up and slots_per_pass <= 0 else 0
     return (
         x.new_empty(x.shape),
@@ -114,6 +114,9 @@ def _chunked_experts_backward_fake(
     top_k: int,
     row_alignment: int,
     group_name: str,
+    segment_offsets: torch.Tensor | None,
+    capacity: int,
+    num_sms: int,
     weight_grad_scale: float,
     slots_per_pass: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

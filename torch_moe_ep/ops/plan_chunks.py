@@ -18,12 +18,19 @@ class ChunkPlan(NamedTuple):
         slot_of_copy: int64 ``[N]``, the copy's row in the send buffer, which holds chunk after
             chunk, each in expert order and beginning at K times its first token; -1 for an expert
             id out of range (CUDA).
+            Over peers ``owner * 2**40 + slot``: the rank that owns the copy's expert, and the row
+            there; -1 for a row beyond the capacity as well.
         counts: int64 ``[C, P, E]``, copies of each chunk that each rank sends to each expert.
-        host_counts: the same on the CPU.
+        host_counts: the same on the CPU; ``[0, P, E]`` with a capacity, where the host need not
+            know.
         top_k: K.
         row_alignment: each expert's segment is padded to a multiple of this many rows, in a chunk
             and in the whole.
         group_name: the EP process group.
+        segment_offsets: int64 ``[L C + 1]``, first slot of each (local expert, chunk), over peers;
+            else None.
+        capacity: over peers, rows of every rank; 0: as many as the counts ask for.
+        num_sms: over peers, multiprocessors that move rows.
     """
 
     slot_of_copy: torch.Tensor
@@ -32,6 +39,9 @@ class ChunkPlan(NamedTuple):
     top_k: int
     row_alignment: int
     group_name: str
+    segment_offsets: torch.Tensor | None = None
+    capacity: int = 0
+    num_sms: int = 0
 
 
 def plan_chunks(
