@@ -405,9 +405,9 @@ def test_auto_takes_the_flat_way_over_nodes_with_chunks(ranks):
         ({"num_chunks": 0}, "num_chunks must be at least 1 .*, got 0"),
         ({"num_chunks": True}, "num_chunks must be a whole number, got True"),
         ({"num_chunks": 2.0}, "num_chunks must be a whole number, got 2.0"),
-        ({"num_chunks": 2, "transport": "hierarchical"}, 'which transport="hierarchical" replaces'),
-        ({"num_chunks": 2, "transport": "peer"}, 'which transport="peer" replaces'),
-        ({"num_chunks": 2, "dispatcher": "all_gather"}, 'which dispatcher="all_gather" replaces'),
+        ({"num_chunks": 2, "transport": "hierarchical"}, 'does not go with transport="hier'),
+        ({"num_chunks": 2, "dispatcher": "all_gather"}, 'does not go with dispatcher="all_gather"'),
+        ({"num_chunks": 2, "received_rows": "dispatch_again"}, "does not go with received_rows="),
     ],
     ids=str,
 )

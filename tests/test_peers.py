@@ -81,6 +81,8 @@ def chosen_with(gpus: list[str], config: dict[str, str], ranks_per_node: str) ->
         ("ab", {"transport": "peer"}, "1", True),
         ("ab", {"transport": "collective"}, "", False),
         ("ab", {"dispatcher": "all_gather"}, "", False),
+        ("ab", {"num_chunks": 2}, "", True),
+        ("aa", {"num_chunks": 2}, "", False),
     ],
     ids=str,
 )
@@ -119,6 +121,7 @@ def test_peer_transport_without_gpus_is_refused_on_every_rank(ranks):
         ({"budget_factor": 1.0}, 0, 8, 384),
         ({"max_received_rows": 1000}, 2000, 2, 896),
         ({"max_received_rows": 5}, 2000, 2, 128),
+        ({"budget_factor": 1.5, "num_chunks": 3}, 2000, 2, 4480),  # padding in every chunk
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torch_moe_ep import ops
+from torch_moe_ep.peer_dispatch import capacity_of
 
 if TYPE_CHECKING:
     from torch_moe_ep.layer import ExpertParallelExperts
@@ -18,23 +19,15 @@ def run_in_chunks(
 ) -> torch.Tensor:
     """The layer's forward in `num_chunks` chunks; arguments as the layer's.
 
-    Collective over the EP group, one host sync on CUDA (see `ops.plan_chunks`).
+    Collective over the EP group, one host sync on CUDA (see `ops.plan_chunks`; over peers as
+    `run_over_peers`).
     """
     config = experts.moe_config
     x = hidden_states.reshape(-1, hidden_states.size(-1))
     if torch.is_autocast_enabled(x.device.type):  # rows travel in the dtype of the experts
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weights = top_k_weights.float()
-    plan, packed = ops.plan_chunks(
-        x,
-        weights,
-        top_k_index,
-        experts.num_global_experts,
-        config.num_chunks,
-        group_name=experts.ep_group_name,
-        max_rows=config.max_received_rows,
-        invalid_flag=experts.invalid_flag,
-    )
+    plan, packed = plan_of_chunks(experts, x, weights, top_k_index)
     output = ops.chunked_experts(
         x,
         weights,
@@ -48,3 +41,36 @@ def run_in_chunks(
         tokens_per_expert=experts.tokens_per_expert,
     )
     return output.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def plan_of_chunks(
+    experts: "ExpertParallelExperts",
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    top_k_index: torch.Tensor,
+) -> tuple[ops.ChunkPlan, ops.SendBuffer | None]:
+    """The plan, and what is packed already; peers need no send buffer. Collective."""
+    config = experts.moe_config
+    if not experts.uses_peers:
+        return ops.plan_chunks(
+            x,
+            weights,
+            top_k_index,
+            experts.num_global_experts,
+            config.num_chunks,
+            group_name=experts.ep_group_name,
+            max_rows=config.max_received_rows,
+            invalid_flag=experts.invalid_flag,
+        )
+    plan = ops.peer_plan_chunks(
+        top_k_index,
+        experts.num_global_experts,
+        config.num_chunks,
+        group_name=experts.ep_group_name,
+        capacity=capacity_of(experts, *top_k_index.shape),
+        max_rows=config.max_received_rows,
+        num_sms=config.peer_sms,
+        invalid_flag=experts.invalid_flag,
+        slots_needed=experts.slots_needed,
+    )
+    return plan, None

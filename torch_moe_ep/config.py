@@ -52,8 +52,9 @@ class MoEConfig:
             `max_received_rows` bounds the first alone.
         num_chunks: a rank's tokens travel in so many chunks, each under the GEMMs of the one
             before, in forward and in backward; the same on every rank. Goes with the collective
-            transport, which "auto" then takes wherever ranks are. 1: all tokens at once. With one
-            rank (P = 1) nothing travels, and it changes nothing.
+            and the peer transport, of which "auto" then takes the one that it can, and with
+            received_rows="keep". 1: all tokens at once. With one rank (P = 1) nothing travels, and
+            it changes nothing.
         global_token_shuffle: mix the tokens of the EP group's ranks before they are routed, and
             put them back after the experts: the same fixed permutation, drawn from `seed` and the
             layer's name, in every step. Batch statistics of the router (Sinkhorn, capacity,
@@ -150,14 +151,14 @@ class MoEConfig:
             )
         others = (
             ("transport", "hierarchical"),
-            ("transport", "peer"),
             ("dispatcher", "all_gather"),
+            ("received_rows", "dispatch_again"),
         )
         for name, value in others:
             if self.num_chunks > 1 and getattr(self, name) == value:
                 raise ValueError(
-                    f"num_chunks={self.num_chunks} goes with the collective transport, which "
-                    f'{name}="{value}" replaces; choose one of them.'
+                    f'num_chunks={self.num_chunks} does not go with {name}="{value}"; choose one '
+                    f"of them."
                 )
 
     @property

@@ -121,12 +121,12 @@ class ExpertParallelExperts(nn.Module):
         run = self._pipeline_eagerly if self.ep_group_name else self._pipeline
         if self.ep_group_name and self.moe_config.dispatcher == "all_gather":
             run = self._gathered_eagerly
+        elif self.ep_group_name and self.moe_config.num_chunks > 1:
+            run = self._in_chunks_eagerly
         elif self.uses_peers:
             run = self._over_peers_eagerly
         elif self.ranks_per_node:
             run = self._over_nodes_eagerly
-        elif self.ep_group_name and self.moe_config.num_chunks > 1:
-            run = self._in_chunks_eagerly
         return run(hidden_states, top_k_index, top_k_weights)
 
     def _pipeline(

@@ -135,7 +135,7 @@ def bounded_capacity(config: MoEConfig, num_copies: int, num_ranks: int, num_loc
         config: gives the factor, or the rows themselves (`max_received_rows`).
         num_copies: T K of the rank that has most.
         num_ranks: P; no rank can receive more than P T K copies.
-        num_local: L; each expert's segment may end in 127 rows of padding.
+        num_local: L; each expert's segment may end in 127 rows of padding, in each chunk.
 
     Example: T K = 2000, P = 2, L = 4, factor 1.5: 3000 copies and at most 508 rows of padding are
     3456 rows, in whole tiles of 128.
@@ -144,4 +144,5 @@ def bounded_capacity(config: MoEConfig, num_copies: int, num_ranks: int, num_loc
     if config.max_received_rows > 0:
         return max(config.max_received_rows // tile, 1) * tile
     copies = math.ceil(min(config.budget_factor, num_ranks) * num_copies)
-    return max((copies + num_local * (tile - 1)) // tile, 1) * tile
+    num_segments = num_local * config.num_chunks
+    return max((copies + num_segments * (tile - 1)) // tile, 1) * tile

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch_moe_ep import ops  # noqa: F401  registers the operators
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+ROUTING = ("route", "sinkhorn", "plan", "node_plan", "peer_plan", "plan_chunks", "peer_plan_chunks")
 KEPT = {
-    "routing": ("route", "sinkhorn", "plan", "node_plan", "peer_plan", "plan_chunks"),
+    "routing": ROUTING,
     "rows": (
-        *("route", "sinkhorn", "plan", "node_plan", "peer_plan", "plan_chunks"),
+        *ROUTING,
         *("dispatch", "combine", "node_dispatch", "node_combine", "peer_dispatch", "peer_combine"),
         "chunked_experts_forward",
     ),

@@ -11,7 +11,8 @@ group spans nodes: a token crosses to each node once. `peer_plan`, `peer_dispatc
 `peer_combine` do where GPUs map each other's memory: rows are written and read where they belong.
 
 `plan_chunks` and `chunked_experts` stand in for all four after route: tokens travel in chunks, each
-under the GEMMs of the one before.
+under the GEMMs of the one before; `peer_plan_chunks` for the first where GPUs map each other's
+memory.
 
 The C++ and CUDA code is in ``csrc``, under the same names; ``torch_moe_ep.reference`` holds
 readable twins in plain torch. T tokens of this rank, K experts per token, N = T * K copies, E
@@ -27,6 +28,7 @@ from torch_moe_ep.ops.node_combine import node_combine
 from torch_moe_ep.ops.node_dispatch import NodePlan, node_dispatch, node_plan
 from torch_moe_ep.ops.peer_combine import peer_combine
 from torch_moe_ep.ops.peer_dispatch import PeerPlan, peer_dispatch, peer_plan
+from torch_moe_ep.ops.peer_plan_chunks import peer_plan_chunks
 from torch_moe_ep.ops.plan import DispatchPlan, SendBuffer, plan, plan_and_pack
 from torch_moe_ep.ops.plan_chunks import ChunkPlan, plan_chunks
 from torch_moe_ep.ops.route import route
@@ -48,6 +50,7 @@ __all__ = [
     "peer_combine",
     "peer_dispatch",
     "peer_plan",
+    "peer_plan_chunks",
     "plan",
     "plan_and_pack",
     "plan_chunks",

@@ -119,7 +119,6 @@ def _may_use_peers(config: MoEConfig, ep_size: int) -> bool:
     return (
         ep_size > 1
         and config.dispatcher == "all_to_all"
-        and config.num_chunks == 1
         and config.transport in ("auto", "peer")
     )
 
