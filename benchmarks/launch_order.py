@@ -32,10 +32,11 @@ LANES = (COMPUTE, EXPERTS, SHARDS, OTHER)
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel: its name, its lane, and when the host launched it, in microseconds."""
+    """A kernel: its name, lane and stream, and when the host launched it, in microseconds."""
 
     name: str
     lane: str
+    stream: int
     launched_us: float
 
 
@@ -58,6 +59,7 @@ def launches_of(profiled: profile) -> list[Launch]:
         Launch(
             kernel["name"],
             lane_of_stream[kernel["args"]["stream"]],
+            kernel["args"]["stream"],
             launched[kernel["args"]["correlation"]],
         )
         for kernel in kernels

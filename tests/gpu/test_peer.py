@@ -234,11 +234,11 @@ def test_peer_layer_makes_no_call_that_waits_for_the_gpu(gpu_ranks, config):
     assert waits == [(0, 0), (0, 0)]
 
 
-def overflow_says(use_clip: bool) -> tuple[str, bool, bool]:
+def overflow_says(use_clip: bool, num_chunks: int = 1) -> tuple[str, bool, bool]:
     """The message of a step whose rows had no room, whether weights changed, and the next step."""
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", 2)
-    config = MoEConfig(**BOUNDED, budget_factor=1.0)
+    config = MoEConfig(**BOUNDED, budget_factor=1.0, num_chunks=num_chunks)
     model = LoneExperts(8, hidden=128, width=256).cuda().bfloat16()
     experts = apply_expert_parallel(model, mesh, config)
     optimizer = torch.optim.SGD(experts.parameters(), lr=0.1)

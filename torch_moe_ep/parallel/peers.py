@@ -117,9 +117,7 @@ def uses_peers(config: MoEConfig, ep_size: int) -> bool:
 
 def _may_use_peers(config: MoEConfig, ep_size: int) -> bool:
     return (
-        ep_size > 1
-        and config.dispatcher == "all_to_all"
-        and config.transport in ("auto", "peer")
+        ep_size > 1 and config.dispatcher == "all_to_all" and config.transport in ("auto", "peer")
     )
 
 
