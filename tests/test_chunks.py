@@ -420,3 +420,12 @@ def test_plan_of_chunks_without_a_group_is_refused():
     ids, weights = random_routing(4, 2, NUM_EXPERTS)
     with pytest.raises(ValueError, match=r"got no group_name \(call plan\)"):
         ops.plan_chunks(torch.randn(4, 16), weights, ids, NUM_EXPERTS, 2, group_name="")
+
+
+def test_plan_over_peers_is_refused_on_the_cpu():
+    ids, weights = random_routing(4, 2, NUM_EXPERTS)
+    counts, offsets = torch.zeros(2, 2, 8, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
+    plan = ops.ChunkPlan(ids.flatten(), counts, counts, 2, 1, "group", offsets, 0, 16)
+    gate_up, down = torch.randn(4, 64, 16), torch.randn(4, 16, 32)
+    with pytest.raises(ValueError, match="is for GPUs that map each other's memory, got tokens on"):
+        ops.chunked_experts(torch.randn(4, 16), weights, plan, gate_up, down)

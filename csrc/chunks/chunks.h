@@ -30,6 +30,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -57,6 +58,20 @@ struct ChunkPlan {
   bool is_over_peers() const { return segment_offsets.defined(); }
 };
 
+// Rows and the router weights that go with them.
+struct ChunkRows {
+  at::Tensor rows;
+  at::Tensor weights;  // undefined where none go
+};
+
+// What a transport's two ways are called in reports; static strings.
+struct ChunkStages {
+  const char* dispatch;
+  const char* combine;
+};
+
+class ChunkTransport;
+
 // What chunks need of a device.
 struct ChunkDevice {
   void (*pack_rows_into)(const Source&, const Packed& into, const Padding*);
@@ -68,12 +83,10 @@ struct ChunkDevice {
                               const std::vector<ExchangeSizes>& sizes,
                               int64_t rank,
                               int64_t row_alignment);
-};
-
-// Rows and the router weights that go with them.
-struct ChunkRows {
-  at::Tensor rows;
-  at::Tensor weights;  // undefined where none go
+  // For a plan over peers. tokens: rows [T, H] and weights [T, K], contiguous, or no weights.
+  std::unique_ptr<ChunkTransport> (*over_peers)(const ChunkPlan& plan,
+                                                ChunkStages stages,
+                                                ChunkRows tokens);
 };
 
 }  // namespace torch_moe_ep

@@ -1,11 +1,22 @@
 #include <torch/library.h>
 
+#include <memory>
+
 #include "chunks/run_chunks.h"
 
 namespace torch_moe_ep {
 namespace {
 
-constexpr ChunkDevice kDevice = {&pack_rows_into_cpu, &gather_rows_cpu, &place_chunks_cpu};
+std::unique_ptr<ChunkTransport> over_peers(const ChunkPlan& /*plan*/,
+                                           ChunkStages /*stages*/,
+                                           ChunkRows /*tokens*/) {
+  TORCH_CHECK_VALUE(false,
+                    "a plan of peer_plan_chunks is for GPUs that map each other's memory, got "
+                    "tokens on the CPU (call plan_chunks)");
+}
+
+constexpr ChunkDevice kDevice = {
+    &pack_rows_into_cpu, &gather_rows_cpu, &place_chunks_cpu, &over_peers};
 
 }  // namespace
 

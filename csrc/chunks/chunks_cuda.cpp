@@ -1,11 +1,22 @@
 #include <torch/library.h>
 
+#include <memory>
+#include <utility>
+
+#include "chunks/peer_transport.h"
 #include "chunks/run_chunks.h"
 
 namespace torch_moe_ep {
 namespace {
 
-constexpr ChunkDevice kDevice = {&pack_rows_into_cuda, &gather_rows_cuda, &place_chunks_cuda};
+std::unique_ptr<ChunkTransport> over_peers(const ChunkPlan& plan,
+                                           ChunkStages stages,
+                                           ChunkRows tokens) {
+  return std::make_unique<PeerChunks>(plan, stages, std::move(tokens));
+}
+
+constexpr ChunkDevice kDevice = {
+    &pack_rows_into_cuda, &gather_rows_cuda, &place_chunks_cuda, &over_peers};
 
 }  // namespace
 

@@ -30,19 +30,19 @@ std::vector<at::Tensor> finish(std::optional<comm::RowExchange>& started) {
 
 }  // namespace
 
-CollectiveChunks::CollectiveChunks(ChunkLayout& layout,
+CollectiveChunks::CollectiveChunks(ChunkPlan plan,
                                    const ChunkDevice& device,
                                    ChunkStages stages,
                                    ChunkRows tokens,
                                    ChunkRows packed)
-    : layout_(layout),
+    : layout_(std::move(plan)),
       device_(device),
       stages_(stages),
       tokens_(std::move(tokens)),
       send_buffer_(std::move(packed)),
       is_packed_(send_buffer_.rows.defined()),
-      dispatches_(layout.num_chunks()),
-      returns_(layout.num_chunks()) {
+      dispatches_(layout_.num_chunks()),
+      returns_(layout_.num_chunks()) {
   const int64_t num_copies = layout_.plan().slot_of_copy.numel();
   const int64_t num_slots = layout_.segments().num_slots;
   const bool have_weights = tokens_.weights.defined();

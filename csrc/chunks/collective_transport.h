@@ -11,23 +11,18 @@
 
 namespace torch_moe_ep {
 
-// What its exchanges are called in reports; static strings.
-struct ChunkStages {
-  const char* dispatch;
-  const char* combine;
-};
-
 class CollectiveChunks : public ChunkTransport {
  public:
   // tokens: rows [T, H] and weights [T, K]; without weights rows go back with some. packed: their
   // send buffer from plan_chunks, or undefined; then each chunk is packed when it is started.
-  // `layout` outlives this, and is placed once the first chunk has left.
-  CollectiveChunks(ChunkLayout& layout,
+  CollectiveChunks(ChunkPlan plan,
                    const ChunkDevice& device,
                    ChunkStages stages,
                    ChunkRows tokens,
                    ChunkRows packed);
 
+  const ChunkSegments& segments() const override { return layout_.segments(); }
+  // The layout is placed once the first chunk has left.
   void start_dispatch(int64_t chunk) override;
   void finish_dispatch(int64_t chunk) override;
   ChunkRows arrived() override { return arrived_; }
@@ -41,7 +36,7 @@ class CollectiveChunks : public ChunkTransport {
   ChunkRows sent_rows(int64_t chunk);
   void finish_return(int64_t chunk);
 
-  ChunkLayout& layout_;
+  ChunkLayout layout_;
   const ChunkDevice device_;
   const ChunkStages stages_;
   ChunkRows tokens_;

@@ -20,7 +20,6 @@
 #include <vector>
 
 #include "chunks/chunks.h"
-#include "chunks/collective_transport.h"
 #include "chunks/segments.h"
 #include "chunks/transport.h"
 #include "combine/gather_rows.h"
@@ -37,8 +36,7 @@ class PeerChunks : public ChunkTransport {
   // Also after an error: what is still on its way has memory that is freed behind this.
   ~PeerChunks() override;
 
-  const ChunkSegments& segments() const { return segments_; }
-
+  const ChunkSegments& segments() const override { return segments_; }
   void start_dispatch(int64_t chunk) override;
   void finish_dispatch(int64_t chunk) override;
   ChunkRows arrived() override;

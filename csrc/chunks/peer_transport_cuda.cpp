@@ -7,7 +7,7 @@
 #include "combine/peer_rows.h"
 #include "comm/label.h"
 #include "common/chunk_sizes.h"
-#include "common/chunk_slots.h"
+#include "dispatch/dispatch_cuda.h"
 #include "dispatch/peer_dispatch.h"
 #include "dispatch/peer_rows.h"
 
@@ -34,15 +34,15 @@ ChunkSegments segments_of(const ChunkPlan& plan, int64_t rank) {
     const at::Tensor unknown = at::empty({0}, plan.host_counts.options());
     return {num_chunks, plan.capacity, plan.segment_offsets, unknown};
   }
-  const ChunkSlots slots = chunk_slots(plan.host_counts, rank, plan.row_alignment);
-  const at::Tensor host_offsets = at::tensor(slots.offsets, plan.host_counts.options());
-  return {num_chunks, slots.offsets.back(), plan.segment_offsets, host_offsets};
+  const at::Tensor offsets = segment_offsets_of(plan.host_counts, rank, plan.row_alignment);
+  const int64_t num_slots = offsets.const_data_ptr<int64_t>()[offsets.numel() - 1];
+  return {num_chunks, num_slots, plan.segment_offsets, offsets};
 }
 
 // Slots of the rank that has most.
-int64_t room_of(const ChunkPlan& plan, int64_t rank) {
+int64_t room_of(const ChunkPlan& plan) {
   if (plan.capacity > 0) return plan.capacity;
-  return chunk_slots(plan.host_counts, rank, plan.row_alignment).largest_num_slots;
+  return largest_num_slots(plan.host_counts, plan.row_alignment);
 }
 
 ChunkRows empty_like(const ChunkRows& rows) {
@@ -59,9 +59,11 @@ PeerChunks::PeerChunks(ChunkPlan plan, ChunkStages stages, ChunkRows tokens)
       sends_weights_(tokens_.weights.defined()),
       peers_(comm::PeerGroup::of(plan_.group_name, tokens_.rows.device())),
       segments_(segments_of(plan_, peers_.rank())) {
-  const int64_t room = room_of(plan_, peers_.rank());
+  const int64_t room = room_of(plan_);
   arrived_ = PeerRegion::from(0, room, tokens_.rows);
   leaving_ = PeerRegion::from(arrived_.end, room, tokens_.rows);
+  check_num_sms(plan_.num_sms);
+  check_top_k_on_cuda(plan_.top_k);
   peers_.reserve(leaving_.end);
 }
 

@@ -5,17 +5,27 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "chunks/chunks.h"
 #include "chunks/collective_transport.h"
-#include "chunks/layout.h"
 #include "chunks/pipeline.h"
 #include "dispatch/dispatch.h"
 
 namespace torch_moe_ep {
+
+// What the plan was made for. packed: the send buffer of plan_chunks, or none.
+template <const ChunkDevice& kDevice>
+std::unique_ptr<ChunkTransport> make_transport(const ChunkPlan& plan,
+                                               ChunkStages stages,
+                                               const ChunkRows& tokens,
+                                               const ChunkRows& packed) {
+  if (plan.is_over_peers()) return kDevice.over_peers(plan, stages, tokens);
+  return std::make_unique<CollectiveChunks>(plan, kDevice, stages, tokens, packed);
+}
 
 template <const ChunkDevice& kDevice>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_forward(
@@ -49,13 +59,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_forwa
                           segment_offsets.value_or(at::Tensor()),
                           capacity,
                           num_sms};
-  ChunkLayout layout(plan);
   const ChunkRows packed = send_rows ? ChunkRows{*send_rows, *send_weights} : ChunkRows{};
-  CollectiveChunks transport(
-      layout, kDevice, {"dispatch", "combine"}, {x.contiguous(), weights.contiguous()}, packed);
+  const auto transport = make_transport<kDevice>(
+      plan, {"dispatch", "combine"}, {x.contiguous(), weights.contiguous()}, packed);
   const ChunkExperts experts = {gate_up, down, slots_per_pass};
   const ChunkForward found =
-      run_forward(transport, layout.segments(), experts, keep_rows, keep_gate_up);
+      run_forward(*transport, transport->segments(), experts, keep_rows, keep_gate_up);
   return {found.output, found.kept.arrived.rows, found.kept.arrived.weights, found.kept.z};
 }
 
@@ -89,20 +98,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_backw
                           segment_offsets.value_or(at::Tensor()),
                           capacity,
                           num_sms};
-  ChunkLayout layout(plan);
-  TORCH_CHECK_VALUE(rows.size(0) == layout.segments().num_slots,
+  // The gradient of the results is dispatched, that of the rows combined.
+  const auto transport = make_transport<kDevice>(
+      plan, {"combine backward", "dispatch backward"}, {grad_output.contiguous(), {}}, {});
+  const ChunkSegments& segments = transport->segments();
+  TORCH_CHECK_VALUE(rows.size(0) == segments.num_slots,
                     "rows must be the ",
-                    layout.segments().num_slots,
+                    segments.num_slots,
                     " that chunked_experts_forward kept, got shape ",
                     rows.sizes());
-  // The gradient of the results is dispatched, that of the rows combined.
-  CollectiveChunks transport(layout,
-                             kDevice,
-                             {"combine backward", "dispatch backward"},
-                             {grad_output.contiguous(), at::Tensor()},
-                             {});
-  const ChunkBackward found = run_backward(transport,
-                                           layout.segments(),
+  const ChunkBackward found = run_backward(*transport,
+                                           segments,
                                            {gate_up, down, slots_per_pass},
                                            {{rows, row_weights}, z},
                                            weight_grad_scale);

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "chunks/chunks.h"
+#include "chunks/segments.h"
 
 namespace torch_moe_ep {
 
@@ -18,6 +19,9 @@ class ChunkTransport {
   ChunkTransport(const ChunkTransport&) = delete;
   ChunkTransport& operator=(const ChunkTransport&) = delete;
   virtual ~ChunkTransport() = default;
+
+  // Where its rows lie. The offsets on the device are there after start_dispatch(0).
+  virtual const ChunkSegments& segments() const = 0;
 
   // The chunk's tokens leave for their experts' ranks.
   virtual void start_dispatch(int64_t chunk) = 0;

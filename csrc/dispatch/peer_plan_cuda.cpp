@@ -10,7 +10,6 @@
 #include "comm/label.h"
 #include "comm/peer.h"
 #include "common/chunk_sizes.h"
-#include "common/chunk_slots.h"
 #include "dispatch/dispatch.h"
 #include "dispatch/dispatch_cuda.h"
 #include "dispatch/peer_dispatch.h"
@@ -118,8 +117,7 @@ PeerPlanTensors peer_plan_chunks_cuda(const at::Tensor& expert_ids,
   at::Tensor host_counts = at::empty({0, peers.size(), num_experts}, host_gathered.options());
   if (capacity == 0) {
     host_counts = counts_by_chunk(host_gathered, num_chunks);
-    check_max_rows(chunk_slots(host_counts, peers.rank(), row_alignment).largest_num_slots,
-                   max_rows);
+    check_max_rows(largest_num_slots(host_counts, row_alignment), max_rows);
   }
   const at::Tensor counts = counts_by_chunk(gathered, num_chunks);
   const auto [first_slots, segment_offsets] =
