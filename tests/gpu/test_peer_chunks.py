@@ -288,10 +288,10 @@ def test_peer_overflow_in_chunks_raises_on_every_rank_before_parameters_change(
 def order_of_launches() -> tuple[list[str], bool]:
     """What forward launches, in order, and whether rows move on another stream than GEMMs."""
     share_the_gpu()
-    model = HALF.experts(2, {**BOUNDED, "num_chunks": 3})
+    model = LAYER.experts(2, {**PEER, "num_chunks": 3})
     found: list[Any] = []
     for _ in range(2):  # the first run maps memory
-        x, ids, weights, _upstream = HALF.inputs()
+        x, ids, weights, _upstream = LAYER.inputs()
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
             model(x, ids, weights)
