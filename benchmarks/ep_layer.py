@@ -86,17 +86,17 @@ def layers_of(
 
 
 def configs_of(settings: Settings) -> dict[str, MoEConfig]:
-    """Name to configuration: the peer transport with both budgets, the collective in chunks."""
+    """Name to configuration: every transport, peer with both budgets, in every number of chunks."""
     found = {}
     for transport in settings.transports:
-        if transport == "peer":
-            for budget in ("exact", "bounded"):
-                found[f"peer, {budget}"] = MoEConfig(transport="peer", budget=budget)
-            continue
-        for num_chunks in settings.chunks:
-            pieces = f", {num_chunks} chunks" if num_chunks > 1 else ""
-            config = MoEConfig(transport=transport, num_chunks=num_chunks)
-            found[f"{transport}{pieces}"] = config
+        for budget in ("exact", "bounded") if transport == "peer" else ("",):
+            for num_chunks in settings.chunks:
+                name = f"{transport}, {budget}" if budget else transport
+                pieces = f", {num_chunks} chunks" if num_chunks > 1 else ""
+                config = MoEConfig(
+                    transport=transport, num_chunks=num_chunks, budget=budget or "exact"
+                )
+                found[name + pieces] = config
     return found
 
 
