@@ -86,7 +86,7 @@ struct ChunkDevice {
   // For a plan over peers. tokens: rows [T, H] and weights [T, K], contiguous, or no weights.
   std::unique_ptr<ChunkTransport> (*over_peers)(const ChunkPlan& plan,
                                                 ChunkStages stages,
-                                                ChunkRows tokens);
+                                                const ChunkRows& tokens);
 };
 
 }  // namespace torch_moe_ep

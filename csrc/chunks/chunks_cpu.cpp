@@ -9,7 +9,7 @@ namespace {
 
 std::unique_ptr<ChunkTransport> over_peers(const ChunkPlan& /*plan*/,
                                            ChunkStages /*stages*/,
-                                           ChunkRows /*tokens*/) {
+                                           const ChunkRows& /*tokens*/) {
   TORCH_CHECK_VALUE(false,
                     "a plan of peer_plan_chunks is for GPUs that map each other's memory, got "
                     "tokens on the CPU (call plan_chunks)");

@@ -1,7 +1,6 @@
 #include <torch/library.h>
 
 #include <memory>
-#include <utility>
 
 #include "chunks/peer_transport.h"
 #include "chunks/run_chunks.h"
@@ -11,8 +10,8 @@ namespace {
 
 std::unique_ptr<ChunkTransport> over_peers(const ChunkPlan& plan,
                                            ChunkStages stages,
-                                           ChunkRows tokens) {
-  return std::make_unique<PeerChunks>(plan, stages, std::move(tokens));
+                                           const ChunkRows& tokens) {
+  return std::make_unique<PeerChunks>(plan, stages, tokens);
 }
 
 constexpr ChunkDevice kDevice = {
