@@ -64,6 +64,7 @@ ChunkPlaces place_chunks_cuda(const at::Tensor& counts,
                               int64_t row_alignment) {
   const int64_t num_chunks = counts.size(0), num_local = counts.size(2) / counts.size(1);
   std::vector<int64_t> num_received;
+  num_received.reserve(sizes.size());
   for (const ExchangeSizes& chunk : sizes) num_received.push_back(chunk.num_received);
   const int64_t total = std::accumulate(num_received.begin(), num_received.end(), int64_t{0});
   const at::Tensor slot_of_received = at::empty({total}, counts.options());
