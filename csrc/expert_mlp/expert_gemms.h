@@ -75,10 +75,14 @@ class ExpertGemms {
                                 const at::Tensor& weights,
                                 at::Tensor out);
   void multiply_one_by_one(const at::Tensor& rows, const at::Tensor& right, const at::Tensor& out);
+  void launch(GemmKernels kernels, GroupedGemmParams params);
   const at::Tensor& segment_ends();
 
   ExpertSegments segments_;
   at::Tensor segment_ends_;  // int32 [L] on the device, made when first used
+  // One for each launch of the sm_90a kernels: the next tile to be handed out.
+  at::Tensor tile_counters_;  // int32, zeros
+  int64_t num_used_counters_ = 0;
 };
 
 }  // namespace torch_moe_ep

@@ -48,15 +48,26 @@ GemmKernels choose(const GroupedGemmShape& shape,
   return choice.kernels;
 }
 
-void launch(GemmKernels kernels, const GroupedGemmParams& params) {
-  const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(kernels == GemmKernels::kSm90 ? sm90::grouped_gemm(params, stream)
-                                               : sm80::grouped_gemm(params, stream));
-}
-
 }  // namespace
 
 ExpertGemms::ExpertGemms(ExpertSegments segments) : segments_(std::move(segments)) {}
+
+void ExpertGemms::launch(GemmKernels kernels, GroupedGemmParams params) {
+  constexpr int64_t kCountersAtOnce = 4;  // GEMMs of a backward
+  const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
+  if (kernels == GemmKernels::kSm80) {
+    C10_CUDA_CHECK(sm80::grouped_gemm(params, stream));
+    return;
+  }
+  if (!tile_counters_.defined() || num_used_counters_ == tile_counters_.numel()) {
+    tile_counters_ = at::empty({kCountersAtOnce}, segments_.offsets.options().dtype(at::kInt));
+    C10_CUDA_CHECK(
+        cudaMemsetAsync(tile_counters_.mutable_data_ptr(), 0, tile_counters_.nbytes(), stream));
+    num_used_counters_ = 0;
+  }
+  params.next_tile = tile_counters_.mutable_data_ptr<int>() + num_used_counters_++;
+  C10_CUDA_CHECK(sm90::grouped_gemm(params, stream));
+}
 
 RowSegments ExpertGemms::on_device() const {
   return segments_.between(segments_.offsets.const_data_ptr<int64_t>());

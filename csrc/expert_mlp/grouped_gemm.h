@@ -58,8 +58,9 @@ struct GroupedGemmParams {
   const void* a;
   const void* b;
   void* out;
-  RowSegments segments;  // offsets: device
-  float alpha = 1.0f;    // TN alone
+  RowSegments segments;      // offsets: device
+  float alpha = 1.0f;        // TN alone
+  int* next_tile = nullptr;  // sm_90a: device, zero when the kernel starts; left at any value
 
   // kSwiglu, kSwigluBackward
   void* activation = nullptr;          // bf16 [R, I]

@@ -1,11 +1,12 @@
-// Which tiles a CTA computes, from the device's segment offsets. Every role of the CTA walks the
-// same sequence by itself, so nothing is communicated.
+// Where the tile of a number lies, from the device's segment offsets; and which numbers a CTA
+// computes where tiles are shared out beforehand: every role of the CTA then walks the same
+// sequence by itself. (sm90/tile_queue.cuh hands them out while the kernel runs.)
 //
 // The unit is a super tile: what one cluster computes at once, (kClusterM x kBlockM) x
 // (kClusterN x kBlockN). Super tiles are numbered expert by expert; inside an expert in groups of
 // group_m along M, M fastest, so that concurrent tiles share their operands in L2.
 // Worked example, one expert, 3 x 2 super tiles, group_m = 2:  (m, n) = (0,0) (1,0) (0,1) (1,1)
-// (2,0) (2,1). Cluster c takes numbers c, c + num_clusters, ...
+// (2,0) (2,1). Shared out beforehand, cluster c takes numbers c, c + num_clusters, ...
 //
 // Runs (kRunRows > 0): an expert of at most kRunRows rows is walked column by column instead, each
 // cluster taking one run of consecutive numbers, so that it stays at the same n for long. How many
@@ -80,11 +81,14 @@ class TileScheduler {
         stride_(static_cast<int>(gridDim.x) / (kClusterM * kClusterN)),
         number_(static_cast<int>(blockIdx.x) / (kClusterM * kClusterN) - stride_) {}
 
-  // Goes on to the cluster's next tile; false after the last one. Cheap, so that who skips a tile
-  // need not know where it lies.
-  __device__ __forceinline__ bool advance() {
-    number_ += stride_;
-    minor_ += is_run() ? 1 : stride_;
+  // Goes on to the cluster's next tile of those shared out beforehand; false after the last one.
+  __device__ __forceinline__ bool advance() { return go_to(number_ + stride_); }
+
+  // Goes on to a tile of a greater number; false after the last one. Cheap, so that who skips a
+  // tile need not know where it lies.
+  __device__ __forceinline__ bool go_to(int number) {
+    minor_ += is_run() ? 1 : number - number_;
+    number_ = number;
     if (number_ >= end_) enter_expert();
     if (expert_ >= space_.num_experts) return false;
     while (minor_ >= minor_size_) {
@@ -97,7 +101,7 @@ class TileScheduler {
   // Rows of the tile's expert, padding included.
   __device__ __forceinline__ int num_rows() const { return num_rows_; }
 
-  // Where the tile lies. Asks for advance() before.
+  // Where the tile lies. Asks for advance() or go_to() before.
   __device__ __forceinline__ Tile tile() const {
     if (is_run()) return tile_at(minor_, major_);
     const int tiles_m =

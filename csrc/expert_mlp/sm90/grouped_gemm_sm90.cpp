@@ -150,7 +150,8 @@ cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params,
                                    const TileConfig& tile,
                                    cudaStream_t stream) {
   const GroupedGemmShape& s = params.shape;
-  if (!is_supported(s) || tile.group_m < 1 || tile.group_m > kMaxGroupM) {
+  if (!is_supported(s) || tile.group_m < 1 || tile.group_m > kMaxGroupM ||
+      params.next_tile == nullptr) {
     return cudaErrorInvalidValue;
   }
   const bool is_tn = s.layout == GemmLayout::kTN;
@@ -168,6 +169,7 @@ cudaError_t grouped_gemm_with_tile(const GroupedGemmParams& params,
   args.space.tiles_n =
       static_cast<int>(ceil_div(s.columns, int64_t{tile.block_n} * tile.cluster_n));
   args.space.group_m = tile.group_m;
+  args.next_tile = params.next_tile;
   args.k_steps = is_tn ? 0 : static_cast<int>(ceil_div(s.a_columns, kStepK));
   args.out_rows = is_tn ? static_cast<int>(s.a_columns) : 0;
   args.columns = static_cast<int>(s.columns);

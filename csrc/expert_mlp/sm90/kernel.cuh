@@ -1,5 +1,5 @@
-// The persistent warp-specialised kernel: two warps of warp group 0 produce (one operand each),
-// warp groups 1 and 2 consume. Bodies exist for sm_90a alone; for other architectures of the same
+// The persistent warp-specialised kernel: two warps of warp group 0 produce (one operand each), a
+// third hands out tiles, warp groups 1 and 2 consume. Bodies exist for sm_90a alone; for other architectures of the same
 // build the kernel is an empty stub.
 #pragma once
 
@@ -8,6 +8,7 @@
 #include "expert_mlp/sm90/producer.cuh"
 #include "expert_mlp/sm90/swiglu_backward_epilogue.cuh"
 #include "expert_mlp/sm90/swiglu_epilogue.cuh"
+#include "expert_mlp/sm90/tile_queue.cuh"
 
 namespace torch_moe_ep::sm90 {
 
@@ -35,23 +36,27 @@ struct TurnOrder {
 template <class Config, class Scheduler>
 __device__ __forceinline__ void consume(const KernelArguments& args,
                                         const SharedLayout<Config>& shared,
-                                        Scheduler scheduler) {
+                                        const Scheduler& scheduler) {
   const int group = threadIdx.x / kGroupThreads - 1;
   const int thread = threadIdx.x % kGroupThreads;
   const int first_row = Config::kIsPingPong ? 0 : group * Config::kGroupRows;
+  const bool is_first_lane = thread % 32 == 0;
   const TurnOrder<Config> order{group};
+  TileReader<Config, Scheduler> tiles{shared, scheduler};
   StoreBuffers<Config> buffers{shared, group, thread};
   [[maybe_unused]] ZChunks<Config> z{args, shared, group, thread};
   Ring<Config::kStages> ring;
   float acc[Config::kRowBlocks][Config::kBlockN / 2];
   order.start();
-  for (int turn = 0; scheduler.advance(); turn ^= 1) {
-    const int steps = num_k_steps<Config>(args, scheduler.num_rows());
+  for (int turn = 0; tiles.next(); turn ^= 1) {
+    const int steps = num_k_steps<Config>(args, tiles.scheduler.num_rows());
+    __syncwarp();  // the last lane has read
     if (Config::kIsPingPong && turn != group) {
+      tiles.release(is_first_lane);
       ring.skip(steps);
       continue;
     }
-    const Tile tile = scheduler.tile();
+    const Tile tile = tiles.scheduler.tile();
     const int row = tile.m + first_row;
     const int num_rows = Config::kLayout == GemmLayout::kTN ? args.out_rows : tile.num_rows;
     const bool is_stored = row < num_rows && tile.n < args.columns;
@@ -62,9 +67,11 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
     if (!is_stored) {
       discard_tile<Config>(shared, ring, steps, thread);
       order.pass_on();
+      tiles.release(is_first_lane);
       continue;
     }
     multiply_tile<Config>(acc, shared, ring, steps, first_row, thread, [&] { order.pass_on(); });
+    tiles.release(is_first_lane);
     if constexpr (Config::kReadsZ) {
       store_swiglu_backward_tile<Config>(acc, args, buffers, z, tile.row_begin + row, tile.n);
     } else if constexpr (Config::kEpilogue == GemmEpilogue::kSwiglu) {
@@ -107,6 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int buffer = 0; buffer < Config::kNumZBarriers; ++buffer) {
       barrier_init(shared.z_full(0, buffer), 1);
     }
+    if constexpr (Config::kHasQueue) init_tile_barriers<Config>(shared);
     fence_barrier_init();
     prefetch_tensor_map(args.a);
     prefetch_tensor_map(args.b);
@@ -122,6 +130,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     decrease_registers<40>();
     if (threadIdx.x == 0) produce<Config, Operand::kA>(args, shared, scheduler, cta_rank);
     if (threadIdx.x == 32) produce<Config, Operand::kB>(args, shared, scheduler, cta_rank);
+    if (Config::kHasQueue && threadIdx.x == 64 && cta_rank == 0) {
+      hand_out_tiles<Config>(args, shared, table.tile_offsets[args.space.num_experts]);
+    }
   } else {
     increase_registers<232>();
     consume<Config>(args, shared, scheduler);

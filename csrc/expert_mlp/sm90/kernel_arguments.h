@@ -14,6 +14,7 @@ struct KernelArguments {
   CUtensorMap activation;  // kSwiglu, kSwigluBackward
   CUtensorMap z;           // kSwigluBackward
   TileSpace space;
+  int* next_tile;            // device; the next tile to be handed out
   int k_steps;               // NT, NN: steps of 64 over K. TN counts the expert's rows instead.
   int out_rows;              // TN: M
   int columns;               // N

@@ -17,6 +17,7 @@ inline constexpr int kGroupThreads = 128;  // a warp group
 inline constexpr int kConsumerGroups = 2;
 inline constexpr int kThreads = (1 + kConsumerGroups) * kGroupThreads;
 inline constexpr int kMaxStages = 8;
+inline constexpr int kTileSlots = 2;  // tiles that a cluster may have been handed and not finished
 inline constexpr int kMaxSharedBytes = 232448;  // what a CTA may have on sm_90
 
 template <GemmLayout kLayout_,
@@ -47,6 +48,8 @@ struct KernelConfig {
   // See TileConfig::keeps_b. Experts whose rows fit the stages are walked in runs along M.
   static constexpr bool kKeepsB = kKeepsB_;
   static constexpr int kRunRows = kKeepsB ? kStages * kStepK : 0;
+  // Runs are shared out beforehand; other tiles are handed out (tile_queue.cuh).
+  static constexpr bool kHasQueue = !kKeepsB;
 
   static constexpr bool kTransposeA = kLayout == GemmLayout::kTN;
   static constexpr bool kTransposeB = kLayout != GemmLayout::kNT;
@@ -67,7 +70,8 @@ struct KernelConfig {
       kStoreOffset + kConsumerGroups * kStoreBuffers * kStoreBufferBytes;
   static constexpr int kZBarrierOffset = kBarrierOffset + 2 * kMaxStages * 8;
   static constexpr int kNumZBarriers = kReadsZ ? kConsumerGroups * kStoreBuffers : 0;
-  static constexpr int kTableOffset = kZBarrierOffset + kNumZBarriers * 8;
+  static constexpr int kQueueOffset = kZBarrierOffset + kNumZBarriers * 8;
+  static constexpr int kTableOffset = kQueueOffset + (kHasQueue ? kTileSlots * 3 * 8 : 0);
   // 1024 more: the dynamic shared memory is aligned by hand.
   static constexpr int kSharedBytes = kTableOffset + static_cast<int>(sizeof(ExpertTable)) + 1024;
 
@@ -128,6 +132,16 @@ struct SharedLayout {
   // z has landed in the store buffer
   __device__ __forceinline__ uint32_t z_full(int group, int buffer) const {
     return base + Config::kZBarrierOffset + (group * Config::kStoreBuffers + buffer) * 8;
+  }
+  // A tile's number, that it is there, and that all who read it are done with it.
+  __device__ __forceinline__ uint32_t tile_number(int slot) const {
+    return base + Config::kQueueOffset + slot * 8;
+  }
+  __device__ __forceinline__ uint32_t tile_full(int slot) const {
+    return tile_number(kTileSlots + slot);
+  }
+  __device__ __forceinline__ uint32_t tile_empty(int slot) const {
+    return tile_number(2 * kTileSlots + slot);
   }
 };
 

@@ -7,7 +7,7 @@
 
 namespace torch_moe_ep::sm90 {
 
-// How many clusters run at once: no more are launched, the schedule is persistent and static.
+// How many clusters run at once: no more are launched, they are persistent.
 template <class Config>
 cudaError_t num_resident_clusters(cudaLaunchConfig_t config, int* clusters) {
   if constexpr (Config::kClusterSize > 1) {

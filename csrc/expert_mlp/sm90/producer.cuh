@@ -9,6 +9,7 @@
 
 #include "expert_mlp/sm90/kernel_config.cuh"
 #include "expert_mlp/sm90/ptx.cuh"
+#include "expert_mlp/sm90/tile_queue.cuh"
 
 namespace torch_moe_ep::sm90 {
 
@@ -159,12 +160,14 @@ struct KeptPanel {
 template <class Config, Operand kOperand, class Scheduler>
 __device__ __forceinline__ void produce(const KernelArguments& args,
                                         const SharedLayout<Config>& shared,
-                                        Scheduler scheduler,
+                                        const Scheduler& scheduler,
                                         int cta_rank) {
+  TileReader<Config, Scheduler> tiles{shared, scheduler};
   Ring<Config::kStages> ring;
   [[maybe_unused]] KeptPanel<Config::kStages> panel;
-  Tile tile;
-  while (scheduler.next(tile)) {
+  while (tiles.next()) {
+    const Tile tile = tiles.scheduler.tile();
+    tiles.release(true);
     const int steps = num_k_steps<Config>(args, tile.num_rows);
     if constexpr (Config::kKeepsB) panel.enter(tile);
     for (int step = 0; step < steps; ++step) {

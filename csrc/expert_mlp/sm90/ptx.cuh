@@ -56,6 +56,30 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
       : "memory");
 }
 
+// Writes an int to shared memory of a CTA of the cluster and completes a phase of its barrier.
+__device__ __forceinline__ void store_remote(uint32_t shared,
+                                             int value,
+                                             uint32_t barrier,
+                                             uint32_t cta_rank) {
+  asm volatile(
+      "{\n.reg .b32 target, done;\n"
+      "mapa.shared::cluster.u32 target, %0, %3;\n"
+      "mapa.shared::cluster.u32 done, %2, %3;\n"
+      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [done], 4;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [target], %1, [done];\n}\n" ::
+          "r"(shared),
+      "r"(value),
+      "r"(barrier),
+      "r"(cta_rank)
+      : "memory");
+}
+
+__device__ __forceinline__ int load_shared(uint32_t shared) {
+  int value;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
+  return value;
+}
+
 // ---- TMA: global to shared, completing on an mbarrier ----
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
