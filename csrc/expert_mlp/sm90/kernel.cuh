@@ -1,6 +1,6 @@
 // The persistent warp-specialised kernel: two warps of warp group 0 produce (one operand each), a
-// third hands out tiles, warp groups 1 and 2 consume. Bodies exist for sm_90a alone; for other architectures of the same
-// build the kernel is an empty stub.
+// third hands out tiles, warp groups 1 and 2 consume. Bodies exist for sm_90a alone; for other
+// architectures of the same build the kernel is an empty stub.
 #pragma once
 
 #include "expert_mlp/sm90/epilogue.cuh"

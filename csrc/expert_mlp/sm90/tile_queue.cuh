@@ -1,6 +1,6 @@
-// Tiles handed out while the kernel runs. Whoever multiplies slower, or starts later because another
-// kernel has its multiprocessor (rows or weights on their way to other GPUs), takes fewer of them:
-// shared out beforehand, all would wait for him.
+// Tiles handed out while the kernel runs. Whoever multiplies slower, or starts later because
+// another kernel has its multiprocessor (rows or weights on their way to other GPUs), takes fewer
+// of them: shared out beforehand, all would wait for him.
 //
 // One thread of a cluster takes the next number from a counter in device memory, which is zero when
 // the kernel starts, and writes it to both CTAs, kTileSlots ahead at most. The first number past
