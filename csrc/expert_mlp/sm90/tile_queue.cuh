@@ -30,13 +30,15 @@ __device__ __forceinline__ void hand_out_tiles(const KernelArguments& args,
                                                const SharedLayout<Config>& shared,
                                                int num_tiles) {
   Ring<kTileSlots> ring;
-  for (int number = 0; number < num_tiles; ring.next()) {
+  int number = 0;
+  do {  // also where there is no tile at all: the readers wait to be told
     barrier_wait(shared.tile_empty(ring.stage), ring.phase ^ 1);
     number = atomicAdd(args.next_tile, 1);
     for (int cta = 0; cta < Config::kClusterSize; ++cta) {
       store_remote(shared.tile_number(ring.stage), number, shared.tile_full(ring.stage), cta);
     }
-  }
+    ring.next();
+  } while (number < num_tiles);
 }
 
 // The tiles of this cluster one after the other, as one role of a CTA sees them.
