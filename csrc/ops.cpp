@@ -135,6 +135,12 @@ TORCH_LIBRARY(torch_moe_ep, m) {
   m.def(
       "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, str layout, int num_chunks=1, "
       "int chunk=0) -> Tensor");
+  // One of them with SwiGLU's gradient behind it, in its epilogue (sm90) or by a kernel of its own:
+  // for the gradient of y [R, H], down [L, H, I] and z [R, 2I]. For tests and benchmarks.
+  m.def(
+      "swiglu_backward_gemm(Tensor grad_y, Tensor down, Tensor z, Tensor row_weights, "
+      "Tensor expert_offsets, bool is_fused) -> (Tensor grad_z, Tensor activation, "
+      "Tensor grad_row_weights)");
   // The tile that the sm_90a kernels take for a shape: block M and N, ping-pong or not, cluster M
   // and N, B kept or not; [] where the epilogue swiglu_backward is not used. Builds with CUDA;
   // needs no GPU.

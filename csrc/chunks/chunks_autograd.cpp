@@ -1,5 +1,4 @@
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -12,6 +11,7 @@
 #include "chunks/chunks.h"
 #include "comm/collective.h"
 #include "comm/label.h"
+#include "common/call_operator.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -19,7 +19,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-using Maybe = std::optional<at::Tensor>;
 
 // How the experts compute, besides their weights.
 struct Options {
@@ -28,99 +27,58 @@ struct Options {
   bool recompute_gate_up;
 };
 
-// Forward and backward go through the dispatcher, so that dispatch modes see them.
 Four call_forward(const at::Tensor& x,
                   const at::Tensor& weights,
                   const ChunkPlan& plan,
                   const at::Tensor& gate_up,
                   const at::Tensor& down,
                   int64_t slots_per_pass,
-                  const Maybe& send_rows,
-                  const Maybe& send_weights,
+                  const MaybeTensor& send_rows,
+                  const MaybeTensor& send_weights,
                   bool keep_rows,
                   bool keep_gate_up) {
-  using T = const at::Tensor&;
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::chunked_experts_forward", "")
-                             .typed<Four(T,
-                                         T,
-                                         T,
-                                         T,
-                                         T,
-                                         T,
-                                         T,
-                                         int64_t,
-                                         int64_t,
-                                         const std::string&,
-                                         const Maybe&,
-                                         int64_t,
-                                         int64_t,
-                                         int64_t,
-                                         const Maybe&,
-                                         const Maybe&,
-                                         bool,
-                                         bool)>();
-  return op.call(x,
-                 weights,
-                 plan.slot_of_copy,
-                 plan.counts,
-                 plan.host_counts,
-                 gate_up,
-                 down,
-                 plan.top_k,
-                 plan.row_alignment,
-                 plan.group_name,
-                 given(plan.segment_offsets),
-                 plan.capacity,
-                 plan.num_sms,
-                 slots_per_pass,
-                 send_rows,
-                 send_weights,
-                 keep_rows,
-                 keep_gate_up);
+  return call_operator<"chunked_experts_forward", Four>(x,
+                                                        weights,
+                                                        plan.slot_of_copy,
+                                                        plan.counts,
+                                                        plan.host_counts,
+                                                        gate_up,
+                                                        down,
+                                                        plan.top_k,
+                                                        plan.row_alignment,
+                                                        plan.group_name,
+                                                        given(plan.segment_offsets),
+                                                        plan.capacity,
+                                                        plan.num_sms,
+                                                        slots_per_pass,
+                                                        send_rows,
+                                                        send_weights,
+                                                        keep_rows,
+                                                        keep_gate_up);
 }
 
 // saved: rows, row_weights, z, slot_of_copy, counts, host_counts, gate_up, down, segment_offsets.
 Four call_backward(const at::Tensor& grad_output,
                    const variable_list& saved,
                    AutogradContext* ctx) {
-  using T = const at::Tensor&;
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::chunked_experts_backward", "")
-                             .typed<Four(T,
-                                         T,
-                                         T,
-                                         T,
-                                         T,
-                                         T,
-                                         T,
-                                         T,
-                                         T,
-                                         int64_t,
-                                         int64_t,
-                                         const std::string&,
-                                         const Maybe&,
-                                         int64_t,
-                                         int64_t,
-                                         double,
-                                         int64_t)>();
-  return op.call(grad_output,
-                 saved[0],
-                 saved[1],
-                 saved[2],
-                 saved[3],
-                 saved[4],
-                 saved[5],
-                 saved[6],
-                 saved[7],
-                 ctx->saved_data["top_k"].toInt(),
-                 ctx->saved_data["row_alignment"].toInt(),
-                 ctx->saved_data["group_name"].toStringRef(),
-                 given(saved[8]),
-                 ctx->saved_data["capacity"].toInt(),
-                 ctx->saved_data["num_sms"].toInt(),
-                 ctx->saved_data["weight_grad_scale"].toDouble(),
-                 ctx->saved_data["slots_per_pass"].toInt());
+  return call_operator<"chunked_experts_backward", Four>(
+      grad_output,
+      saved[0],
+      saved[1],
+      saved[2],
+      saved[3],
+      saved[4],
+      saved[5],
+      saved[6],
+      saved[7],
+      ctx->saved_data["top_k"].toInt(),
+      ctx->saved_data["row_alignment"].toInt(),
+      ctx->saved_data["group_name"].toStringRef(),
+      given(saved[8]),
+      ctx->saved_data["capacity"].toInt(),
+      ctx->saved_data["num_sms"].toInt(),
+      ctx->saved_data["weight_grad_scale"].toDouble(),
+      ctx->saved_data["slots_per_pass"].toInt());
 }
 
 class ChunkedExperts : public torch::autograd::Function<ChunkedExperts> {
@@ -134,7 +92,7 @@ class ChunkedExperts : public torch::autograd::Function<ChunkedExperts> {
                             const Options& options,
                             bool is_kept,
                             const ChunkRows& packed,
-                            const Maybe& tokens_per_expert) {
+                            const MaybeTensor& tokens_per_expert) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [output, rows, row_weights, z] = call_forward(x,
                                                        weights,
@@ -194,15 +152,15 @@ at::Tensor chunked_experts_autograd(const at::Tensor& x,
                                     int64_t top_k,
                                     int64_t row_alignment,
                                     const std::string& group_name,
-                                    const Maybe& segment_offsets,
+                                    const MaybeTensor& segment_offsets,
                                     int64_t capacity,
                                     int64_t num_sms,
                                     double weight_grad_scale,
                                     int64_t slots_per_pass,
                                     bool recompute_gate_up,
-                                    const Maybe& tokens_per_expert,
-                                    const Maybe& send_rows,
-                                    const Maybe& send_weights) {
+                                    const MaybeTensor& tokens_per_expert,
+                                    const MaybeTensor& send_rows,
+                                    const MaybeTensor& send_weights) {
   const bool is_kept =
       at::GradMode::is_enabled() && (x.requires_grad() || weights.requires_grad() ||
                                      gate_up.requires_grad() || down.requires_grad());
@@ -238,15 +196,15 @@ at::Tensor chunked_experts_inference(const at::Tensor& x,
                                      int64_t top_k,
                                      int64_t row_alignment,
                                      const std::string& group_name,
-                                     const Maybe& segment_offsets,
+                                     const MaybeTensor& segment_offsets,
                                      int64_t capacity,
                                      int64_t num_sms,
                                      double /*weight_grad_scale*/,
                                      int64_t slots_per_pass,
                                      bool /*recompute_gate_up*/,
-                                     const Maybe& /*tokens_per_expert*/,
-                                     const Maybe& send_rows,
-                                     const Maybe& send_weights) {
+                                     const MaybeTensor& /*tokens_per_expert*/,
+                                     const MaybeTensor& send_rows,
+                                     const MaybeTensor& send_weights) {
   return std::get<0>(call_forward(x,
                                   weights,
                                   {slot_of_copy,

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdint>
@@ -9,6 +8,8 @@
 #include <string>
 #include <tuple>
 #include <utility>
+
+#include "common/call_operator.h"
 
 // The operators dispatch and combine, called by name: each is the backward of the other, and
 // neither stage includes the other.
@@ -39,61 +40,34 @@ inline Moved call_dispatch(const at::Tensor& x,
                            const std::optional<at::Tensor>& weights,
                            const Plan& plan,
                            const SendBuffer& packed = {}) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::dispatch", "")
-                             .typed<Moved(const at::Tensor&,
-                                          const std::optional<at::Tensor>&,
-                                          const at::Tensor&,
-                                          const at::Tensor&,
-                                          const at::Tensor&,
-                                          const at::Tensor&,
-                                          const at::Tensor&,
-                                          int64_t,
-                                          int64_t,
-                                          const std::string&,
-                                          const std::optional<at::Tensor>&,
-                                          const std::optional<at::Tensor>&)>();
-  return op.call(x,
-                 weights,
-                 plan.slot_of_copy,
-                 plan.slot_of_received,
-                 plan.expert_offsets,
-                 plan.counts,
-                 plan.host_counts,
-                 plan.top_k,
-                 plan.row_alignment,
-                 plan.group_name,
-                 packed.rows,
-                 packed.weights);
+  return call_operator<"dispatch", Moved>(x,
+                                          weights,
+                                          plan.slot_of_copy,
+                                          plan.slot_of_received,
+                                          plan.expert_offsets,
+                                          plan.counts,
+                                          plan.host_counts,
+                                          plan.top_k,
+                                          plan.row_alignment,
+                                          plan.group_name,
+                                          packed.rows,
+                                          packed.weights);
 }
 
 inline Moved call_combine(const at::Tensor& rows,
                           const std::optional<at::Tensor>& row_weights,
                           const Plan& plan) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::combine", "")
-                             .typed<Moved(const at::Tensor&,
-                                          const std::optional<at::Tensor>&,
-                                          const at::Tensor&,
-                                          const at::Tensor&,
-                                          const at::Tensor&,
-                                          const at::Tensor&,
-                                          const at::Tensor&,
-                                          int64_t,
-                                          int64_t,
-                                          const std::string&,
-                                          const std::optional<at::Tensor>&)>();
-  return op.call(rows,
-                 row_weights,
-                 plan.slot_of_copy,
-                 plan.slot_of_received,
-                 plan.expert_offsets,
-                 plan.counts,
-                 plan.host_counts,
-                 plan.top_k,
-                 plan.row_alignment,
-                 plan.group_name,
-                 std::nullopt);
+  return call_operator<"combine", Moved>(rows,
+                                         row_weights,
+                                         plan.slot_of_copy,
+                                         plan.slot_of_received,
+                                         plan.expert_offsets,
+                                         plan.counts,
+                                         plan.host_counts,
+                                         plan.top_k,
+                                         plan.row_alignment,
+                                         plan.group_name,
+                                         MaybeTensor());
 }
 
 inline void save_plan(torch::autograd::AutogradContext* ctx, const Plan& plan) {

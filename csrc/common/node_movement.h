@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdint>
@@ -9,6 +8,8 @@
 #include <string>
 #include <tuple>
 #include <utility>
+
+#include "common/call_operator.h"
 
 // The operators node_dispatch and node_combine, called by name: each is the backward of the other,
 // and neither stage includes the other.
@@ -35,70 +36,39 @@ inline NodeMoved call_node_dispatch(const at::Tensor& x,
                                     const std::optional<at::Tensor>& weights,
                                     const NodePlan& plan,
                                     const std::optional<at::Tensor>& bytes_sent) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::node_dispatch", "")
-                             .typed<NodeMoved(const at::Tensor&,
-                                              const std::optional<at::Tensor>&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              int64_t,
-                                              int64_t,
-                                              int64_t,
-                                              const std::string&,
-                                              const std::optional<at::Tensor>&)>();
-  return op.call(x,
-                 weights,
-                 plan.row_of_copy,
-                 plan.slot_of_forwarded,
-                 plan.slot_of_received,
-                 plan.expert_offsets,
-                 plan.counts,
-                 plan.host_counts,
-                 plan.top_k,
-                 plan.row_alignment,
-                 plan.ranks_per_node,
-                 plan.group_name,
-                 bytes_sent);
+  return call_operator<"node_dispatch", NodeMoved>(x,
+                                                   weights,
+                                                   plan.row_of_copy,
+                                                   plan.slot_of_forwarded,
+                                                   plan.slot_of_received,
+                                                   plan.expert_offsets,
+                                                   plan.counts,
+                                                   plan.host_counts,
+                                                   plan.top_k,
+                                                   plan.row_alignment,
+                                                   plan.ranks_per_node,
+                                                   plan.group_name,
+                                                   bytes_sent);
 }
 
 inline NodeMoved call_node_combine(const at::Tensor& rows,
                                    const std::optional<at::Tensor>& row_weights,
                                    const NodePlan& plan,
                                    const std::optional<at::Tensor>& bytes_sent) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::node_combine", "")
-                             .typed<NodeMoved(const at::Tensor&,
-                                              const std::optional<at::Tensor>&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              int64_t,
-                                              int64_t,
-                                              int64_t,
-                                              const std::string&,
-                                              const std::optional<at::Tensor>&,
-                                              const std::optional<at::Tensor>&)>();
-  return op.call(rows,
-                 row_weights,
-                 plan.row_of_copy,
-                 plan.slot_of_forwarded,
-                 plan.slot_of_received,
-                 plan.expert_offsets,
-                 plan.counts,
-                 plan.host_counts,
-                 plan.top_k,
-                 plan.row_alignment,
-                 plan.ranks_per_node,
-                 plan.group_name,
-                 std::nullopt,
-                 bytes_sent);
+  return call_operator<"node_combine", NodeMoved>(rows,
+                                                  row_weights,
+                                                  plan.row_of_copy,
+                                                  plan.slot_of_forwarded,
+                                                  plan.slot_of_received,
+                                                  plan.expert_offsets,
+                                                  plan.counts,
+                                                  plan.host_counts,
+                                                  plan.top_k,
+                                                  plan.row_alignment,
+                                                  plan.ranks_per_node,
+                                                  plan.group_name,
+                                                  MaybeTensor(),
+                                                  bytes_sent);
 }
 
 inline void save_node_plan(torch::autograd::AutogradContext* ctx, const NodePlan& plan) {

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdint>
@@ -10,6 +9,7 @@
 #include <tuple>
 #include <utility>
 
+#include "common/call_operator.h"
 #include "common/exchange_sizes.h"
 
 // The operators peer_dispatch and peer_combine, called by name: each is the backward of the other,
@@ -50,63 +50,35 @@ inline PeerMoved call_peer_dispatch(const at::Tensor& x,
                                     const std::optional<at::Tensor>& weights,
                                     const PeerPlan& plan,
                                     bool keep) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::peer_dispatch", "")
-                             .typed<PeerMoved(const at::Tensor&,
-                                              const std::optional<at::Tensor>&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              int64_t,
-                                              int64_t,
-                                              int64_t,
-                                              int64_t,
-                                              const std::string&,
-                                              bool)>();
-  return op.call(x,
-                 weights,
-                 plan.slot_of_copy,
-                 plan.expert_offsets,
-                 plan.counts,
-                 plan.host_counts,
-                 plan.top_k,
-                 plan.row_alignment,
-                 plan.capacity,
-                 plan.num_sms,
-                 plan.group_name,
-                 keep);
+  return call_operator<"peer_dispatch", PeerMoved>(x,
+                                                   weights,
+                                                   plan.slot_of_copy,
+                                                   plan.expert_offsets,
+                                                   plan.counts,
+                                                   plan.host_counts,
+                                                   plan.top_k,
+                                                   plan.row_alignment,
+                                                   plan.capacity,
+                                                   plan.num_sms,
+                                                   plan.group_name,
+                                                   keep);
 }
 
 inline PeerMoved call_peer_combine(const at::Tensor& rows,
                                    const std::optional<at::Tensor>& row_weights,
                                    const PeerPlan& plan) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::peer_combine", "")
-                             .typed<PeerMoved(const at::Tensor&,
-                                              const std::optional<at::Tensor>&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              const at::Tensor&,
-                                              int64_t,
-                                              int64_t,
-                                              int64_t,
-                                              int64_t,
-                                              const std::string&,
-                                              const std::optional<at::Tensor>&)>();
-  return op.call(rows,
-                 row_weights,
-                 plan.slot_of_copy,
-                 plan.expert_offsets,
-                 plan.counts,
-                 plan.host_counts,
-                 plan.top_k,
-                 plan.row_alignment,
-                 plan.capacity,
-                 plan.num_sms,
-                 plan.group_name,
-                 std::nullopt);
+  return call_operator<"peer_combine", PeerMoved>(rows,
+                                                  row_weights,
+                                                  plan.slot_of_copy,
+                                                  plan.expert_offsets,
+                                                  plan.counts,
+                                                  plan.host_counts,
+                                                  plan.top_k,
+                                                  plan.row_alignment,
+                                                  plan.capacity,
+                                                  plan.num_sms,
+                                                  plan.group_name,
+                                                  MaybeTensor());
 }
 
 inline void save_peer_plan(torch::autograd::AutogradContext* ctx, const PeerPlan& plan) {

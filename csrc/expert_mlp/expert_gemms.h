@@ -53,15 +53,16 @@ class ExpertGemms {
     at::Tensor grad_z;      // [R, 2I]
   };
   // nn, which gives the gradient of the activation, followed by the gradients of SwiGLU and of the
-  // row weights; in one kernel where the kernels chosen have it (and a small one that adds up the
-  // row weights' over the tiles). z is [R, 2I]; grad_row_weights [R] fp32 is written for the owned
-  // rows.
+  // row weights; in one kernel where the kernels chosen have it and it is worth it, or as
+  // `is_fused` says (and a small one that adds up the row weights' over the tiles). z is [R, 2I];
+  // grad_row_weights [R] fp32 is written for the owned rows.
   SwigluGradients nn_swiglu_backward(const at::Tensor& grad_rows,
                                      const at::Tensor& weights,
                                      const at::Tensor& z,
                                      const at::Tensor& row_weights,
                                      const at::Tensor& grad_row_weights,
-                                     SwigluGradients into = {});
+                                     SwigluGradients into = {},
+                                     std::optional<bool> is_fused = {});
 
  private:
   RowSegments on_device() const;

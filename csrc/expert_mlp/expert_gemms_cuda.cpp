@@ -247,14 +247,18 @@ ExpertGemms::SwigluGradients ExpertGemms::nn_swiglu_backward(const at::Tensor& g
                                                              const at::Tensor& z,
                                                              const at::Tensor& row_weights,
                                                              const at::Tensor& grad_row_weights,
-                                                             SwigluGradients into) {
+                                                             SwigluGradients into,
+                                                             std::optional<bool> is_fused) {
   GroupedGemmShape shape = shape_of(GemmLayout::kNN, grad_rows, weights);
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   const auto num_experts = static_cast<int>(shape.num_experts);
   make_where_undefined(into.activation, {shape.rows, shape.columns}, z);
   make_where_undefined(into.grad_z, z.sizes(), z);
-  if (choose(shape, {grad_rows, weights, z, into.activation, into.grad_z}) == GemmKernels::kSm90 &&
-      sm90::fuses_swiglu_backward(shape)) {
+  const bool has_fused =
+      choose(shape, {grad_rows, weights, z, into.activation, into.grad_z}) == GemmKernels::kSm90;
+  TORCH_CHECK(has_fused || !is_fused.value_or(false),
+              "SwiGLU's gradient in the GEMM's epilogue needs the sm90 kernels");
+  if (has_fused && is_fused.value_or(sm90::fuses_swiglu_backward(shape))) {
     shape.epilogue = GemmEpilogue::kSwigluBackward;
     const int64_t num_tiles = sm90::num_column_tiles(shape);
     const at::Tensor partial_dots = at::empty({num_tiles, shape.rows}, row_weights.options());

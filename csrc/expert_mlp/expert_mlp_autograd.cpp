@@ -1,6 +1,5 @@
 #include <ATen/Functions.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -8,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "common/call_operator.h"
 #include "common/movement.h"
 
 namespace torch_moe_ep {
@@ -16,74 +16,8 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Forward and backward go through the dispatcher, so that FakeTensor and AOTAutograd trace them.
-std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& rows,
-                                                const at::Tensor& row_weights,
-                                                const at::Tensor& expert_offsets,
-                                                const at::Tensor& host_offsets,
-                                                const at::Tensor& gate_up,
-                                                const at::Tensor& down,
-                                                int64_t slots_per_pass) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::expert_mlp_forward", "")
-                             .typed<decltype(call_forward)>();
-  return op.call(rows, row_weights, expert_offsets, host_offsets, gate_up, down, slots_per_pass);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> call_backward(
-    const at::Tensor& grad_y,
-    const at::Tensor& rows,
-    const at::Tensor& row_weights,
-    const at::Tensor& z,
-    const at::Tensor& expert_offsets,
-    const at::Tensor& host_offsets,
-    const at::Tensor& gate_up,
-    const at::Tensor& down,
-    double weight_grad_scale,
-    int64_t slots_per_pass) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::expert_mlp_backward", "")
-                             .typed<decltype(call_backward)>();
-  return op.call(grad_y,
-                 rows,
-                 row_weights,
-                 z,
-                 expert_offsets,
-                 host_offsets,
-                 gate_up,
-                 down,
-                 weight_grad_scale,
-                 slots_per_pass);
-}
-
-std::tuple<at::Tensor, at::Tensor> call_backward_add(const at::Tensor& grad_y,
-                                                     const at::Tensor& rows,
-                                                     const at::Tensor& row_weights,
-                                                     const at::Tensor& z,
-                                                     const at::Tensor& expert_offsets,
-                                                     const at::Tensor& host_offsets,
-                                                     const at::Tensor& gate_up,
-                                                     const at::Tensor& down,
-                                                     double weight_grad_scale,
-                                                     int64_t slots_per_pass,
-                                                     at::Tensor& main_grad_gate_up,
-                                                     at::Tensor& main_grad_down) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::expert_mlp_backward_add", "")
-                             .typed<decltype(call_backward_add)>();
-  return op.call(grad_y,
-                 rows,
-                 row_weights,
-                 z,
-                 expert_offsets,
-                 host_offsets,
-                 gate_up,
-                 down,
-                 weight_grad_scale,
-                 slots_per_pass,
-                 main_grad_gate_up,
-                 main_grad_down);
-}
+using Two = std::tuple<at::Tensor, at::Tensor>;
+using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Where backward adds the weights' gradients, or undefined tensors.
 struct MainGrads {
@@ -158,7 +92,7 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
                             const RowsSource& source,
                             const MainGrads& main_grads) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, z] = call_forward(
+    auto [y, z] = call_operator<"expert_mlp_forward", Two>(
         rows, row_weights, expert_offsets, host_offsets, gate_up, down, slots_per_pass);
     // A narrowed z would keep all of it alive.
     if (recompute_gate_up) z = at::empty_symint({0, gate_up.sym_size(1)}, rows.options());
@@ -190,26 +124,28 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
                                ctx->saved_data["top_k"].toInt(),
                                ctx->saved_data["row_alignment"].toInt()};
     const at::Tensor rows = source.x.defined() ? dispatch_again(source, saved[3]) : saved[0];
-    const auto call = [&](auto&& function, auto&... main_grads) {
-      return function(grad_outputs[0],
-                      rows,
-                      saved[1],
-                      saved[2],
-                      saved[3],
-                      saved[4],
-                      saved[5],
-                      saved[6],
-                      ctx->saved_data["weight_grad_scale"].toDouble(),
-                      ctx->saved_data["slots_per_pass"].toInt(),
-                      main_grads...);
+    const auto call = [&]<OperatorName kName, typename Result>(const auto&... main_grads) {
+      return call_operator<kName, Result>(grad_outputs[0],
+                                          rows,
+                                          saved[1],
+                                          saved[2],
+                                          saved[3],
+                                          saved[4],
+                                          saved[5],
+                                          saved[6],
+                                          ctx->saved_data["weight_grad_scale"].toDouble(),
+                                          ctx->saved_data["slots_per_pass"].toInt(),
+                                          main_grads...);
     };
     at::Tensor grad_rows, grad_row_weights, grad_gate_up, grad_down;
-    at::Tensor main_gate_up = ctx->saved_data["main_grad_gate_up"].toTensor();
-    at::Tensor main_down = ctx->saved_data["main_grad_down"].toTensor();
+    const at::Tensor main_gate_up = ctx->saved_data["main_grad_gate_up"].toTensor();
+    const at::Tensor main_down = ctx->saved_data["main_grad_down"].toTensor();
     if (main_gate_up.defined()) {
-      std::tie(grad_rows, grad_row_weights) = call(call_backward_add, main_gate_up, main_down);
+      std::tie(grad_rows, grad_row_weights) =
+          call.operator()<"expert_mlp_backward_add", Two>(main_gate_up, main_down);
     } else {
-      std::tie(grad_rows, grad_row_weights, grad_gate_up, grad_down) = call(call_backward);
+      std::tie(grad_rows, grad_row_weights, grad_gate_up, grad_down) =
+          call.operator()<"expert_mlp_backward", Four>();
     }
     const at::Tensor none;
     return {grad_rows,
@@ -273,8 +209,8 @@ at::Tensor expert_mlp_inference(const at::Tensor& rows,
                                 int64_t /*row_alignment*/,
                                 const std::optional<at::Tensor>& /*main_grad_gate_up*/,
                                 const std::optional<at::Tensor>& /*main_grad_down*/) {
-  return std::get<0>(
-      call_forward(rows, row_weights, expert_offsets, host_offsets, gate_up, down, slots_per_pass));
+  return std::get<0>(call_operator<"expert_mlp_forward", Two>(
+      rows, row_weights, expert_offsets, host_offsets, gate_up, down, slots_per_pass));
 }
 
 }  // namespace

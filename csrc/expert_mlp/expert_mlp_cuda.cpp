@@ -262,8 +262,8 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_add_cuda(const at::Tensor
                                                                 const at::Tensor& down,
                                                                 double weight_grad_scale,
                                                                 int64_t slots_per_pass,
-                                                                at::Tensor& main_grad_gate_up,
-                                                                at::Tensor& main_grad_down) {
+                                                                const at::Tensor& main_grad_gate_up,
+                                                                const at::Tensor& main_grad_down) {
   check_main_grads(main_grad_gate_up, main_grad_down, gate_up, down);
   const MlpGradients gradients = checked_backward(grad_y,
                                                   {rows, row_weights, gate_up, down},

@@ -1,11 +1,12 @@
-// One grouped GEMM as an operator, so that tests and benchmarks reach a single layout; the layer
-// goes through ExpertGemms.
+// One grouped GEMM as an operator, so that tests and benchmarks reach a single layout and both
+// forms of SwiGLU's gradient; the layer goes through ExpertGemms.
 #include <ATen/Functions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/checks.h"
@@ -73,6 +74,40 @@ at::Tensor grouped_gemm_cuda(const at::Tensor& a,
   return layout == "NN" ? gemms.nn(left, right) : gemms.tn(left, right, 1.0);
 }
 
+// is_fused: in the GEMM's epilogue, or by a kernel of its own.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> swiglu_backward_gemm_cuda(
+    const at::Tensor& grad_y,
+    const at::Tensor& down,
+    const at::Tensor& z,
+    const at::Tensor& row_weights,
+    const at::Tensor& expert_offsets,
+    bool is_fused) {
+  check_operands(grad_y, down, expert_offsets, 1, "NN");
+  check_dim(z, "z", 2, "[rows, 2 * width]");
+  TORCH_CHECK_VALUE(z.size(0) == grad_y.size(0) && z.size(1) == 2 * down.size(2) &&
+                        row_weights.numel() == grad_y.size(0),
+                    "z must be [",
+                    grad_y.size(0),
+                    ", ",
+                    2 * down.size(2),
+                    "] and row_weights as long, got shapes ",
+                    z.sizes(),
+                    " and ",
+                    row_weights.sizes());
+  check_float32(row_weights, "row_weights");
+  const c10::cuda::CUDAGuard guard(grad_y.device());
+  const at::Tensor grad_row_weights = at::empty(row_weights.sizes(), row_weights.options());
+  ExpertGemms gemms({expert_offsets, at::empty({0}, at::kLong)});
+  const ExpertGemms::SwigluGradients found = gemms.nn_swiglu_backward(grad_y.contiguous(),
+                                                                      down.contiguous(),
+                                                                      z.contiguous(),
+                                                                      row_weights.contiguous(),
+                                                                      grad_row_weights,
+                                                                      {},
+                                                                      is_fused);
+  return {found.grad_z, found.activation, grad_row_weights};
+}
+
 GemmLayout layout_of(const std::string& layout) {
   if (layout == "NT") return GemmLayout::kNT;
   return layout == "NN" ? GemmLayout::kNN : GemmLayout::kTN;
@@ -112,7 +147,10 @@ std::vector<int64_t> grouped_gemm_tile(const std::string& layout,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) { m.impl("grouped_gemm", &grouped_gemm_cuda); }
+TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) {
+  m.impl("grouped_gemm", &grouped_gemm_cuda);
+  m.impl("swiglu_backward_gemm", &swiglu_backward_gemm_cuda);
+}
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, CompositeExplicitAutograd, m) {
   m.impl("grouped_gemm_tile", &grouped_gemm_tile);

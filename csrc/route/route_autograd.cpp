@@ -1,10 +1,10 @@
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <tuple>
 
+#include "common/call_operator.h"
 #include "route/route.h"
 
 namespace torch_moe_ep {
@@ -13,25 +13,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-std::tuple<at::Tensor, at::Tensor> call_route(const at::Tensor& logits,
-                                              int64_t top_k,
-                                              bool normalize) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::route", "")
-                             .typed<decltype(call_route)>();
-  return op.call(logits, top_k, normalize);
-}
-
-at::Tensor call_route_backward(const at::Tensor& grad_weights,
-                               const at::Tensor& logits,
-                               const at::Tensor& weights,
-                               const at::Tensor& expert_ids,
-                               bool normalize) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_moe_ep::route_backward", "")
-                             .typed<decltype(call_route_backward)>();
-  return op.call(grad_weights, logits, weights, expert_ids, normalize);
-}
+using Routing = std::tuple<at::Tensor, at::Tensor>;  // weights, expert ids
 
 class Route : public torch::autograd::Function<Route> {
  public:
@@ -40,7 +22,7 @@ class Route : public torch::autograd::Function<Route> {
                                int64_t top_k,
                                bool normalize) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [weights, expert_ids] = call_route(logits, top_k, normalize);
+    auto [weights, expert_ids] = call_operator<"route", Routing>(logits, top_k, normalize);
     ctx->save_for_backward({logits, weights, expert_ids});
     ctx->saved_data["normalize"] = normalize;
     ctx->mark_non_differentiable({expert_ids});
@@ -49,15 +31,13 @@ class Route : public torch::autograd::Function<Route> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor grad_logits = call_route_backward(
+    const at::Tensor grad_logits = call_operator<"route_backward", at::Tensor>(
         grads[0], saved[0], saved[1], saved[2], ctx->saved_data["normalize"].toBool());
     return {grad_logits, at::Tensor(), at::Tensor()};
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> route_autograd(const at::Tensor& logits,
-                                                  int64_t top_k,
-                                                  bool normalize) {
+Routing route_autograd(const at::Tensor& logits, int64_t top_k, bool normalize) {
   auto outputs = Route::apply(logits, top_k, normalize);
   return {outputs[0], outputs[1]};
 }

@@ -110,6 +110,61 @@ def test_grouped_gemm_equals_oracle(
     assert relative_error(ours, oracle) <= allowed
 
 
+def swiglu_gradients(
+    grad_y: torch.Tensor,
+    down: torch.Tensor,
+    z: torch.Tensor,
+    row_weights: torch.Tensor,
+    bounds: list[int],
+) -> list[torch.Tensor]:
+    """Gradient of z, activation and gradient of the row weights by autograd, in z's dtype."""
+    found = []
+    for expert, (first, last) in enumerate(itertools.pairwise(bounds)):
+        of_z = z[first:last].detach().requires_grad_()
+        weights = row_weights[first:last, None].detach().requires_grad_()
+        gate, up = of_z.chunk(2, dim=1)
+        activation = (torch.nn.functional.silu(gate) * up * weights).to(z.dtype)
+        y = activation @ down[expert].T
+        gradients = torch.autograd.grad(y, (of_z, weights), grad_y[first:last])
+        found.append((gradients[0], activation.detach(), gradients[1][:, 0]))
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+# K is H, the columns are I.
+SWIGLU_CASES = [
+    GemmCase((128, 0, 256), 72, 40),
+    GemmCase((256, 384, 0, 512), 200, 520),
+    GemmCase((1152, 1024), 1536, 4096),  # the fused form is what the layer takes
+    GemmCase((0, 0), 64, 64),
+]
+
+
+@pytest.mark.parametrize("is_fused", [True, False], ids=["epilogue", "kernel"])
+@pytest.mark.parametrize("case", SWIGLU_CASES, ids=str)
+def test_swiglu_gradient_behind_the_gemm_equals_autograd(case: GemmCase, is_fused: bool) -> None:
+    """Both forms, with NaN in rows that nobody owns."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the epilogue is Hopper's")
+    inputs = operands_of(case, "NN")
+    owned = inputs.bounds[-1]
+    z = normal(owned + UNOWNED_ROWS, 2 * case.columns, dtype=torch.bfloat16, seed=3).cuda()
+    z[owned:] = float("nan")
+    row_weights = normal(owned + UNOWNED_ROWS, dtype=torch.float32, seed=4).cuda()
+    with poisoned_memory():
+        ours = torch.ops.torch_moe_ep.swiglu_backward_gemm(
+            inputs.a, inputs.b, z, row_weights, inputs.offsets, is_fused
+        )
+    exact = swiglu_gradients(
+        *(inputs.a.float(), inputs.b.float(), z.float(), row_weights), inputs.bounds
+    )
+    peer = swiglu_gradients(inputs.a, inputs.b, z, row_weights, inputs.bounds)
+    for found, theirs, wanted in zip(ours, peer, exact, strict=True):
+        if owned == 0:
+            continue
+        allowed = max(2 * relative_error(theirs, wanted), 4e-3)
+        assert relative_error(found[:owned], wanted) <= allowed
+
+
 # Rows of each expert in each chunk, expert after expert.
 CHUNKED_CASES = [
     (2, GemmCase((128, 0, 0, 256, 128, 128), 72, 40)),
