@@ -25,7 +25,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--name", default="pretrain", help="results go to runs/<name>/")
     run.add_argument("--runs_dir", type=Path, default=Path("runs"), help="the folder of all runs")
     run.add_argument(
-        "--quick", action="store_true", help="the same steps with few updates, for automation"
+        "--quick",
+        action="store_true",
+        help="few updates, a lower --min_gain, results in runs/quick/",
     )
     run.add_argument(
         "--ranks", type=int, help="ranks to launch: by default 4 on CPU, every GPU otherwise"
@@ -38,7 +40,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--logging_freq", type=int, default=10, help="steps between log lines")
     run.add_argument("--checkpoint_freq", type=int, default=0, help="0: at the end only")
     run.add_argument("--num_kept_checkpoints", type=int, default=2, help="the newest ones")
-    run.add_argument("--resume_from_checkpoint", type=Path, help="a step folder to go on from")
+    run.add_argument(
+        "--resume_from_checkpoint", type=Path, help="a step folder to go on from, up to --max_steps"
+    )
     run.add_argument(
         "--min_gain",
         type=float,
@@ -48,7 +52,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model (a Mixtral; about 10 M parameters)")
+    model = parser.add_argument_group("model (a Mixtral; about 11 M parameters)")
     model.add_argument("--vocab_size", type=int, default=2048, help="of the byte-level BPE")
     model.add_argument("--max_context_width", type=int, default=256, help="tokens a block")
     model.add_argument("--hidden_width", type=int, default=256, help="H")

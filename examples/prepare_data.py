@@ -35,9 +35,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "the folder of a dataset, or text and JSON-lines files")  # fmt: skip
     add("--text_field", help='of records: by default "sentence" of SST-2, else "text"')
     add("--tokenizer", help="name or folder; by default a byte-level BPE is trained on the text")
-    add("--vocab_size", type=int, default=2048, help="of that BPE")
-    add("--block_size", type=int, default=2048, help="tokens a block")
-    add("--validation_share", type=float, default=0.1, help="of the documents, the first ones")
+    add("--vocab_size", type=int, default=2048, help="of that BPE (default: 2048)")
+    add("--block_size", type=int, default=2048, help="tokens a block (default: 2048)")
+    add(
+        "--validation_share",
+        type=float,
+        default=0.1,
+        help="of the documents, the first ones (default: 0.1)",
+    )
     add("--end_of_text", type=int, choices=(0, 1), help="put the end-of-text token after each "
         "document: by default 0 for sst2, else 1")  # fmt: skip
     arguments = parser.parse_args(argv)

@@ -217,6 +217,11 @@ def train(
         first_step = torch_moe_ep.load_checkpoint(
             arguments.resume_from_checkpoint, model, optimizer, scheduler=scheduler
         )
+        if first_step >= arguments.max_steps:
+            raise ValueError(
+                f"{arguments.resume_from_checkpoint} is at step {first_step} already, and "
+                f"--max_steps is {arguments.max_steps}; pass a larger --max_steps."
+            )
     log = RunLog(
         folder,
         arguments.tensorboard_dir or folder / "tensorboard",
@@ -289,7 +294,7 @@ def finish(
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     verdict = "as wanted" if gain >= arguments.min_gain else "TOO LITTLE"
     print(
-        f"training took {seconds:.0f} s for {arguments.max_steps} steps\n"
+        f"training took {seconds:.0f} s, up to step {arguments.max_steps}\n"
         f"validation loss {validation_loss:.3f} nats, unigram of the training text "
         f"{unigram:.3f} nats: {gain:.3f} better, "
         f"{verdict} (at least {arguments.min_gain})\n"

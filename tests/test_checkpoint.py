@@ -20,6 +20,7 @@ from transformers import MixtralForCausalLM
 
 import torch_moe_ep
 from torch_moe_ep import apply_expert_parallel, init_device_mesh
+from torch_moe_ep.checkpoint.weights import inner_model
 from torch_moe_ep.testing import tiny_mixtral
 from torch_moe_ep.testing.parallel import from_rank0, full_parameters, wrap
 
@@ -91,6 +92,27 @@ def test_trap_13_plain_full_state_dict_loads_at_every_p(ranks, load_wrap, load_e
     loaded = ranks(4).run(load_plain_on_rank, run)[0]
     for name, param in tagged_mixtral(**TWELVE).named_parameters():
         assert torch.equal(loaded[name], param), f"{name} at P = {load_ep}"
+
+
+def refuse_without_wrapper(run: Run, folder: str) -> list[str]:
+    """What saving and loading say of the model inside its wrapper; both take the wrapper."""
+    wrapped = build(run)
+    model = inner_model(wrapped)
+    said = []
+    for call in (torch_moe_ep.save_checkpoint, torch_moe_ep.load_checkpoint):
+        with pytest.raises(ValueError, match="inside FullyShardedDataParallel") as caught:
+            call(f"{folder}/{run}", model)
+        assert not Path(folder, str(run)).exists()
+        said.append(str(caught.value))
+    torch_moe_ep.save_checkpoint(f"{folder}/{run}", wrapped, step=5)
+    assert torch_moe_ep.load_checkpoint(f"{folder}/{run}", wrapped) == 5
+    return said
+
+
+def test_model_without_its_fsdp1_wrapper_is_refused(ranks, tmp_path):
+    said = ranks(2).run(refuse_without_wrapper, Run("fsdp1", 2, 2), str(tmp_path))
+    assert "pass the wrapper" in said[0][0]
+    assert said[0] == said[1]
 
 
 def resumed_on_rank(run: Run, folder: str):

@@ -12,7 +12,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from transformers import MixtralConfig
 
-from examples import corpus
+import torch_moe_ep
+from examples import corpus, pretrain
 from examples.arguments import parse_arguments
 from examples.prepare_data import main as prepare_data
 from examples.run_log import model_flops_per_step
@@ -80,6 +81,14 @@ def test_pretrain_few_steps_writes_every_result(tmp_path: Path) -> None:
     results = {path.name for path in (tmp_path / "runs" / "tiny").iterdir()}
     wanted = {"loss.png", "expert_load.png", "checkpoint", "hf", "sample.txt", "tensorboard"}
     assert wanted <= results
+
+
+def test_pretrain_that_is_done_is_not_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is trained, so nothing may be written over: not the loss, not the pictures."""
+    arguments = parse_arguments(["--max_steps=5", "--resume_from_checkpoint=runs/a/step-5"])
+    monkeypatch.setattr(torch_moe_ep, "load_checkpoint", lambda *_, **__: 5)
+    with pytest.raises(ValueError, match=r"step-5 is at step 5 already, .*pass a larger --max"):
+        pretrain.train(arguments, torch.nn.Linear(2, 2), None, None, Path("runs/a"))
 
 
 def test_trainer_mixtral_logs_expert_load_and_exports(tmp_path: Path) -> None:

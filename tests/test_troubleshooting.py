@@ -13,7 +13,10 @@ OTHERS = ("Messages of torch, transformers and accelerate", "No message, but wro
 HOLE = "\0"  # what a message fills in
 CALL = re.compile(r"\bTORCH_CHECK(?:_VALUE)?\(")
 LITERAL = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
-RETURNED_IN = ("parallel/checks.py", "parallel/nodes.py", "_build_info.py")
+RETURNED_IN = (
+    *("parallel/checks.py", "parallel/mesh.py", "parallel/nodes.py", "parallel/peers.py"),
+    *("integrations/peft.py", "_build_info.py"),
+)
 NOT_FOR_USERS = (
     "module \0 has no attribute \0",  # Python's own words
     "cd \0 && \0",  # a command inside of a message

@@ -31,6 +31,7 @@ from torch_moe_ep.checkpoint.rank_state import (
 )
 from torch_moe_ep.checkpoint.rng import set_rng_state
 from torch_moe_ep.checkpoint.save import wait_for_checkpoint
+from torch_moe_ep.checkpoint.weights import check_wrappers
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
@@ -60,7 +61,7 @@ def load_checkpoint(
     Args:
         path: the checkpoint's folder.
         model: built, patched and wrapped as for training, as it suits this run: FSDP2, FSDP1, DDP
-            or nothing, whatever saved it.
+            or nothing, whatever saved it; the wrapper, if it is FSDP1's.
         optimizer: receives its saved state; the checkpoint must have one.
         scheduler: receives its saved state; the checkpoint must have one.
 
@@ -69,12 +70,14 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: on every rank: no complete checkpoint at `path`.
-        ValueError: on every rank, before anything changes: it has no optimizer or no scheduler.
+        ValueError: on every rank, before anything changes: it has no optimizer or no scheduler,
+            or the model came without the FSDP1 wrapper around it.
         RuntimeError: a save in the background failed (see `save_checkpoint`).
         CheckpointException: from torch, for a missing weight or another shape.
 
     Collective over all ranks; syncs the host. Weights and states come back bit for bit.
     """
+    check_wrappers(model)
     wait_for_checkpoint()
     folder, marker = on_rank0(functools.partial(_find, Path(path)))
     saved = FileSystemReader(folder).read_metadata()

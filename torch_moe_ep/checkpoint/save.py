@@ -34,7 +34,7 @@ from torch_moe_ep.checkpoint.folder import (
     write_marker,
 )
 from torch_moe_ep.checkpoint.rank_state import collect_host, routing_state
-from torch_moe_ep.checkpoint.weights import inner_model
+from torch_moe_ep.checkpoint.weights import check_wrappers, inner_model
 from torch_moe_ep.parallel.state import states_of
 
 
@@ -71,7 +71,7 @@ def save_checkpoint(
     Args:
         path: the checkpoint's own folder, on a file system that all ranks share. One that exists
             is replaced.
-        model: patched or not, under FSDP2, FSDP1, DDP or nothing.
+        model: patched or not, under FSDP2, FSDP1, DDP or nothing; the wrapper, if it is FSDP1's.
         optimizer: its state is saved by parameter name.
         step: handed back by `load_checkpoint`, and what "latest" goes by.
         scheduler: its state dict is saved (rank 0's).
@@ -88,7 +88,8 @@ def save_checkpoint(
             always stays. None keeps all.
 
     Raises:
-        ValueError: on every rank: num_kept below 1, or a state that is not made of plain values.
+        ValueError: on every rank: num_kept below 1, a state that is not made of plain values, or a
+            model without the FSDP1 wrapper around it.
         RuntimeError: on every rank, when a file could not be written, now or by the save in the
             background before this one.
 
@@ -97,6 +98,7 @@ def save_checkpoint(
     """
     if num_kept is not None and num_kept < 1:
         raise ValueError(f"num_kept must be None or at least 1, got {num_kept}.")
+    check_wrappers(model)
     wait_for_checkpoint()
     folder = Path(os.path.abspath(path))
     state = _collect(model, optimizer, scheduler, data_state)

@@ -57,6 +57,24 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model if compiled is None else inner_model(compiled)
 
 
+def check_wrappers(model: nn.Module) -> None:
+    """Refuse a model without the FSDP1 wrappers around it: its weights are pieces of flat shards.
+
+    Not collective; all ranks wrap alike and raise alike.
+    """
+    inside = {id(module) for module in model.modules()}
+    for state in states_of(model):
+        for wrapper in state.fsdp1_modules():
+            handle = wrapper._handle
+            if id(wrapper) in inside or handle is None or not handle.uses_sharded_strategy:
+                continue
+            if any(id(info.module) in inside for info in handle.flat_param._param_infos):
+                raise ValueError(
+                    "the model is inside FullyShardedDataParallel and holds one rank's pieces of "
+                    "its weights; pass the wrapper instead of the model."
+                )
+
+
 def find_weights(model: nn.Module) -> list[Weight]:
     """Every parameter and persistent buffer of a model once, FSDP1's unit by unit.
 
