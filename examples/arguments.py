@@ -41,7 +41,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--checkpoint_freq", type=int, default=0, help="0: at the end only")
     run.add_argument("--num_kept_checkpoints", type=int, default=2, help="the newest ones")
     run.add_argument(
-        "--resume_from_checkpoint", type=Path, help="a step folder to go on from, up to --max_steps"
+        "--resume_from_checkpoint",
+        type=Path,
+        help="a step folder to go on from, up to --max_steps, or the folder of all: the newest",
     )
     run.add_argument(
         "--min_gain",

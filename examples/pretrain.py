@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -55,11 +56,10 @@ def launch(arguments: argparse.Namespace, argv: list[str]) -> int:
     print(f"launching {num_ranks} rank(s) on {where}", flush=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={num_ranks}", "-m", "examples.pretrain", *argv]
-    results = arguments.runs_dir / arguments.name / "results.json"
-    results.unlink(missing_ok=True)
     status = subprocess.run(command, env=environment, check=False).returncode
     if status != 0:
         return status
+    results = arguments.runs_dir / arguments.name / "results.json"
     return 0 if json.loads(results.read_text())["gain"] >= arguments.min_gain else 1
 
 
@@ -214,12 +214,12 @@ def train(
     optimizer, scheduler = make_optimizer(arguments, model)
     first_step = 0
     if arguments.resume_from_checkpoint:
-        first_step = torch_moe_ep.load_checkpoint(
-            arguments.resume_from_checkpoint, model, optimizer, scheduler=scheduler
-        )
+        path = arguments.resume_from_checkpoint
+        path = torch_moe_ep.latest_checkpoint(path) or path
+        first_step = torch_moe_ep.load_checkpoint(path, model, optimizer, scheduler=scheduler)
         if first_step >= arguments.max_steps:
             raise ValueError(
-                f"{arguments.resume_from_checkpoint} is at step {first_step} already, and "
+                f"{path} is at step {first_step} already, and "
                 f"--max_steps is {arguments.max_steps}; pass a larger --max_steps."
             )
     log = RunLog(
@@ -313,6 +313,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = arguments.runs_dir / arguments.name
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        if arguments.resume_from_checkpoint is None:  # the latest step is to be this run's
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         if arguments.training_dir is None:
             width = arguments.max_context_width
             print(corpus.prepare(data_folder(arguments), arguments.vocab_size, width))

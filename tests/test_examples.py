@@ -91,6 +91,16 @@ def test_pretrain_that_is_done_is_not_resumed(monkeypatch: pytest.MonkeyPatch) -
         pretrain.train(arguments, torch.nn.Linear(2, 2), None, None, Path("runs/a"))
 
 
+def test_pretrain_resumes_from_the_newest_step_of_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = parse_arguments(["--max_steps=5", f"--resume_from_checkpoint={tmp_path}"])
+    monkeypatch.setattr(torch_moe_ep, "latest_checkpoint", lambda folder: folder / "step-5")
+    monkeypatch.setattr(torch_moe_ep, "load_checkpoint", lambda path, *_, **__: int(path.name[-1]))
+    with pytest.raises(ValueError, match="step-5 is at step 5 already"):
+        pretrain.train(arguments, torch.nn.Linear(2, 2), None, None, tmp_path)
+
+
 def test_trainer_mixtral_logs_expert_load_and_exports(tmp_path: Path) -> None:
     """Four updates under DDP, evaluated, with the experts' load in the log."""
     printed = _torchrun(

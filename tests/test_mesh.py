@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -80,6 +81,18 @@ def test_rank_that_does_not_come_to_the_mesh_is_named_by_the_others(ranks):
     said = ranks(4).run(message_without, 2, arg_of_rank=[0, 1, 2, 3], timeout_s=30)
     assert said.pop(2) == ""
     assert all("ranks [2] did not come to init_device_mesh within 1 s" in text for text in said)
+
+
+def message_without_a_gpu() -> str:
+    with pytest.raises(ValueError) as caught:
+        init_device_mesh("cuda", 2)
+    return str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_init_device_mesh_of_gpus_without_one_says_so_on_every_rank(ranks):
+    for message in ranks(2).run(message_without_a_gpu):
+        assert message.startswith('init_device_mesh("cuda", ...) needs GPUs and torch sees none')
 
 
 def test_init_device_mesh_without_process_group_says_what_to_call():

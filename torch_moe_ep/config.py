@@ -37,10 +37,10 @@ class MoEConfig:
             write rows straight into the memory of the ranks' GPUs and read results there; needs
             GPUs of one host that can map each other. "auto": peer where the EP group's GPUs can,
             hierarchical where the group spans such nodes, else collective.
-        budget: with the peer transport. "exact": the host waits for the counts, and buffers have
-            the rows that come. "bounded": it waits for nothing, and buffers have a fixed number
-            of rows; where more come, clipping or the optimizer's step raises on every rank, with
-            the number needed, before any parameter changes.
+        budget: with the peer transport alone. "exact": the host waits for the counts, and buffers
+            have the rows that come. "bounded": it waits for nothing, and buffers have a fixed
+            number of rows; where more come, clipping or the optimizer's step raises on every rank,
+            with the number needed, before any parameter changes.
         budget_factor: rows of budget="bounded": this many times T K, for the largest T of the EP
             group at the first training forward, and padding; at least 1. With `max_received_rows`
             that number of rows instead.

@@ -180,8 +180,8 @@ def _experts_misfit(
                 f"torch_moe_ep.info --models` lists those that fit."
             )
         return (
-            "no experts module was found: a Hugging Face mixture-of-experts model of transformers "
-            "5.6 or newer with fused gate_up_proj and down_proj is needed."
+            "no experts module was found: a Hugging Face mixture-of-experts model is needed, of "
+            "transformers 5.6 or newer, or of 4.57."
         )
     size = request.mesh["ep"].size()
     for name, module in experts.items():

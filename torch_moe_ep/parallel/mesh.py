@@ -5,6 +5,7 @@ experts, R = W / (P * S) replicas. Rank of (r, s, e) is (r * S + s) * P + e, so 
 consecutive ranks and sits inside a node whenever P divides the node's ranks.
 """
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.device_mesh import init_device_mesh as _torch_init_device_mesh
@@ -30,19 +31,25 @@ def init_device_mesh(
         P = 2, S = 2: rank 5 is replicate 1, shard 0, ep 1.
 
     Raises:
-        ValueError: on every rank: P * S does not divide W, or ranks ask for different meshes. No
-            process group.
+        ValueError: on every rank: P * S does not divide W, ranks ask for different meshes, or
+            "cuda" without a GPU. No process group.
         RuntimeError: a rank did not come within the time-out; the message names it.
 
     Collective: creates process groups.
     """
     world_size = _world_size()
+    has_no_gpu = device_type == "cuda" and not torch.cuda.is_available()
     settings = {
-        "device_type": device_type,
+        "device_type": f"{device_type} without a GPU" if has_no_gpu else device_type,
         "expert_parallel_degree": str(expert_parallel_degree),
         "hybrid_shard_degree": str(hybrid_shard_degree),
     }
     agree("init_device_mesh", settings, first_difference)
+    if has_no_gpu:
+        raise ValueError(
+            'init_device_mesh("cuda", ...) needs GPUs and torch sees none; take "cpu", or look at '
+            "CUDA_VISIBLE_DEVICES and the driver."
+        )
     shape = grid_shape(world_size, expert_parallel_degree, hybrid_shard_degree)
     return _torch_init_device_mesh(device_type, shape, mesh_dim_names=MESH_DIMS)
 
