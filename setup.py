@@ -146,7 +146,11 @@ def make_hooks() -> cpp_extension.CppExtension:
 def use_ccache(with_cuda: bool) -> None:
     """Puts ccache before both compilers where it is installed and nobody chose a compiler."""
     ccache = shutil.which("ccache")
-    if ccache is None or os.environ.get("TORCH_MOE_EP_CCACHE") == "0":
+    if os.environ.get("TORCH_MOE_EP_CCACHE") == "0":
+        os.environ.setdefault("TORCH_NO_COMPILER_WRAPPER", "1")
+        return
+    torch_does_it = hasattr(cpp_extension, "_wrap_compiler")  # seen in 2.15, which quotes CXX too
+    if ccache is None or torch_does_it:
         return
     # torch looks for a compiler of this name to check its ABI and does not know the two words.
     os.environ.setdefault("TORCH_DONT_CHECK_COMPILER_ABI", "1")

@@ -40,7 +40,7 @@ measure() {
 measure 85 ep_layer benchmarks.ep_layer --min_seconds 0.6 --turns 3
 measure 45 transport benchmarks.transport
 measure 80 train benchmarks.train
-measure 210 several-ranks tests.record tests/gpu/test_several_ranks.py tests/gpu/test_peer.py \
+measure 195 several-ranks tests.record tests/gpu/test_several_ranks.py tests/gpu/test_peer.py \
   tests/gpu/test_peer_chunks.py tests/gpu/test_chunks.py tests/gpu/test_fsdp_all_gather.py \
   -k 'training or away or gather or collective or waits'
 measure 75 scaling benchmarks.scaling --plot

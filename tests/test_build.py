@@ -64,6 +64,50 @@ def folder_without_torch(folder: Path) -> str:
     return str(folder)
 
 
+SETUP_WITH_CCACHE = """
+import os, runpy, sys
+from torch.utils import cpp_extension
+if sys.argv.pop(1) == "torch wraps":
+    cpp_extension._wrap_compiler = lambda compiler: [compiler]
+elif hasattr(cpp_extension, "_wrap_compiler"):
+    del cpp_extension._wrap_compiler
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py")
+print("CXX:", os.environ.get("CXX"))
+print("wrapper:", os.environ.get("TORCH_NO_COMPILER_WRAPPER"))
+"""
+
+
+@in_checkout
+@pytest.mark.parametrize(
+    ("who", "wish", "lines"),
+    [
+        ("torch does not", "1", ["CXX: {ccache} g++", "wrapper: None"]),
+        ("torch wraps", "1", ["CXX: None", "wrapper: None"]),
+        ("torch wraps", "0", ["CXX: None", "wrapper: 1"]),
+    ],
+)
+def test_ccache_comes_before_the_compiler_once(
+    tmp_path: Path, who: str, wish: str, lines: list[str]
+) -> None:
+    """Torch 2.15 puts it there by itself, and takes CXX for one word."""
+    ccache = tmp_path / "ccache"
+    ccache.write_text("#!/bin/sh\n")
+    ccache.chmod(0o755)
+    kept = ("CXX", "PYTORCH_NVCC", "TORCH_NO_COMPILER_WRAPPER")
+    environment = {name: value for name, value in os.environ.items() if name not in kept}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH_MOE_EP_CCACHE": wish}
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP_WITH_CCACHE, who],
+        cwd=ROOT,
+        env={**environment, "TORCH_MOE_EP_CUDA": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-2:] == [line.format(ccache=ccache) for line in lines]
+
+
 @needs_readelf
 def test_library_links_neither_python_nor_torch_python():
     needed = [line for line in readelf("--dynamic").splitlines() if "(NEEDED)" in line]
