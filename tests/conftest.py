@@ -20,6 +20,12 @@ def hooked_ranks() -> Iterator[Callable[[int], RankPool]]:
     yield from _pools("torch_moe_ep_gloo")
 
 
+@pytest.fixture(scope="module")
+def gpu_ranks() -> Iterator[Callable[[int], RankPool]]:
+    """The same over NCCL."""
+    yield from _pools("nccl")
+
+
 def _pools(backend: str) -> Iterator[Callable[[int], RankPool]]:
     pools: dict[int, RankPool] = {}
 

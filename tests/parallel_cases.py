@@ -3,17 +3,25 @@
 Letters: W ranks, P expert-parallel degree, S shard degree of the experts, K experts per token.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from node_cases import ranks_per_node
 from torch import nn
 
 import torch_moe_ep
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
-from torch_moe_ep.testing import batch_of, tiny_mixtral
+from torch_moe_ep.testing import (
+    LoneExperts,
+    batch_of,
+    random_routing,
+    relative_error,
+    tiny_mixtral,
+)
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
 from torch_moe_ep.testing.reference import reference_gradients
 
@@ -90,3 +98,42 @@ def _reference(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     batches = [batch_of(rank) for rank in range(world)]
     return reference_gradients(lambda: tiny_mixtral(**dict(overrides)), batches)
+
+
+def bfloat16_errors(
+    config: dict[str, Any], num_experts: int, top_k: int, per_node: int = 0
+) -> list[tuple[float, float]]:
+    """(ours, Hugging Face's) against fp32: output, x, router weights, both expert weights.
+
+    Of one layer over all ranks; per_node: the ranks that play a node.
+    """
+    world, rank, tokens = dist.get_world_size(), dist.get_rank(), 40
+    exact = LoneExperts(num_experts, 64, 128).bfloat16().float()
+    theirs = LoneExperts(num_experts, 64, 128).bfloat16()
+    theirs.experts.config._experts_implementation = "grouped_mm"
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(world * tokens, 64, generator=generator).bfloat16()
+    upstream = torch.randn(world * tokens, 64, generator=generator).bfloat16()
+    ids, weights = random_routing(world * tokens, top_k, num_experts)
+    mine = slice(rank * tokens, (rank + 1) * tokens)
+
+    def run(model: nn.Module, part: slice, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x[part].to(dtype).requires_grad_(), weights[part].clone().requires_grad_()]
+        y = model(leaves[0], ids[part], leaves[1])
+        y.backward(upstream[part].to(dtype))
+        return [y, *(leaf.grad for leaf in leaves)]
+
+    wanted = [part[mine] for part in run(exact, slice(None), torch.float32)]
+    wanted += [param.grad for param in exact.parameters()]
+    their = [part[mine] for part in run(theirs, slice(None), torch.bfloat16)]
+    their += [param.grad for param in theirs.parameters()]
+    model = LoneExperts(num_experts, 64, 128).bfloat16()
+    with ranks_per_node(per_node) if per_node else contextlib.nullcontext():
+        mesh = init_device_mesh("cpu", world)
+        apply_expert_parallel(model, mesh, MoEConfig(**config, gradient="sum"))
+    ours = run(model, mine, torch.bfloat16)
+    ours += full_gradients(model).values()
+    return [
+        (relative_error(a.float(), c), relative_error(b.float(), c))
+        for a, b, c in zip(ours, their, wanted, strict=True)
+    ]

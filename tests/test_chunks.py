@@ -8,12 +8,11 @@ import torch.distributed as dist
 from chunk_cases import NUM_EXPERTS, Layer, results_of_two_steps, rows_of_chunks
 from gpu.cases import poisoned_memory
 from node_cases import ranks_per_node
-from parallel_cases import UNEVEN, Run, backward, build, reference_of
+from parallel_cases import UNEVEN, Run, backward, bfloat16_errors, build, reference_of
 
-from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, ops
+from torch_moe_ep import MoEConfig, ops
 from torch_moe_ep.memory import checkpoint_contexts
 from torch_moe_ep.testing import (
-    LoneExperts,
     RankFailure,
     assert_close,
     random_routing,
@@ -122,41 +121,8 @@ def test_layer_in_chunks_equals_one_chunk(ranks, world, ep, num_chunks, layer, c
         assert_close(ours, expected, 1e-5)
 
 
-def bfloat16_errors(num_chunks: int) -> list[tuple[float, float]]:
-    """(ours, Hugging Face's) against fp32: output, x, router weights, both expert weights."""
-    world, rank, tokens, top_k = dist.get_world_size(), dist.get_rank(), 40, 2
-    exact = LoneExperts(NUM_EXPERTS, 64, 128).bfloat16().float()
-    theirs = LoneExperts(NUM_EXPERTS, 64, 128).bfloat16()
-    theirs.experts.config._experts_implementation = "grouped_mm"
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(world * tokens, 64, generator=generator).bfloat16()
-    upstream = torch.randn(world * tokens, 64, generator=generator).bfloat16()
-    ids, weights = random_routing(world * tokens, top_k, NUM_EXPERTS)
-    mine = slice(rank * tokens, (rank + 1) * tokens)
-
-    def run(model, part, dtype):
-        leaves = [x[part].to(dtype).requires_grad_(), weights[part].clone().requires_grad_()]
-        y = model(leaves[0], ids[part], leaves[1])
-        y.backward(upstream[part].to(dtype))
-        return [y, *(leaf.grad for leaf in leaves)]
-
-    wanted = [part[mine] for part in run(exact, slice(None), torch.float32)]
-    wanted += [param.grad for param in exact.parameters()]
-    their = [part[mine] for part in run(theirs, slice(None), torch.bfloat16)]
-    their += [param.grad for param in theirs.parameters()]
-    model = LoneExperts(NUM_EXPERTS, 64, 128).bfloat16()
-    config = MoEConfig(num_chunks=num_chunks, gradient="sum")
-    apply_expert_parallel(model, init_device_mesh("cpu", world), config)
-    ours = run(model, mine, torch.bfloat16)
-    ours += full_gradients(model).values()
-    return [
-        (relative_error(a.float(), c), relative_error(b.float(), c))
-        for a, b, c in zip(ours, their, wanted, strict=True)
-    ]
-
-
 def test_bfloat16_error_in_chunks_is_within_twice_hugging_faces(ranks):
-    for errors in ranks(2).run(bfloat16_errors, 3):
+    for errors in ranks(2).run(bfloat16_errors, {"num_chunks": 3}, NUM_EXPERTS, 2):
         for ours, theirs in errors:
             assert ours <= 2 * theirs, errors
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from node_cases import HIDDEN, NUM_EXPERTS, SPLITS, ranks_per_node, tokens_of_rank
-from parallel_cases import UNEVEN, Run, backward, build, reference_of
+from parallel_cases import UNEVEN, Run, backward, bfloat16_errors, build, reference_of
 
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, metrics
 from torch_moe_ep.memory import checkpoint_contexts
 from torch_moe_ep.parallel.nodes import RANKS_PER_NODE, even_nodes
-from torch_moe_ep.testing import LoneExperts, assert_close, random_routing, relative_error
+from torch_moe_ep.testing import LoneExperts, assert_close
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients
 
 HIERARCHICAL = {"transport": "hierarchical"}
@@ -50,43 +50,10 @@ def test_layer_equals_the_flat_path_in_output_and_every_gradient(ranks, split, t
         assert_close(mine, expected, 1e-5)
 
 
-def bfloat16_errors(per_node: int) -> list[tuple[float, float]]:
-    """(ours, Hugging Face's) against fp32: output, x, router weights, both expert weights."""
-    world, rank, tokens, top_k = dist.get_world_size(), dist.get_rank(), 40, 4
-    exact = LoneExperts(NUM_EXPERTS, 64, 128).bfloat16().float()
-    theirs = LoneExperts(NUM_EXPERTS, 64, 128).bfloat16()
-    theirs.experts.config._experts_implementation = "grouped_mm"
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(world * tokens, 64, generator=generator).bfloat16()
-    upstream = torch.randn(world * tokens, 64, generator=generator).bfloat16()
-    ids, weights = random_routing(world * tokens, top_k, NUM_EXPERTS)
-    mine = slice(rank * tokens, (rank + 1) * tokens)
-
-    def run(model, part, dtype):
-        leaves = [x[part].to(dtype).requires_grad_(), weights[part].clone().requires_grad_()]
-        y = model(leaves[0], ids[part], leaves[1])
-        y.backward(upstream[part].to(dtype))
-        return [y, *(leaf.grad for leaf in leaves)]
-
-    wanted = [part[mine] for part in run(exact, slice(None), torch.float32)]
-    wanted += [param.grad for param in exact.parameters()]
-    their = [part[mine] for part in run(theirs, slice(None), torch.bfloat16)]
-    their += [param.grad for param in theirs.parameters()]
-    with ranks_per_node(per_node):
-        config = MoEConfig(transport="hierarchical", gradient="sum")
-        model = LoneExperts(NUM_EXPERTS, 64, 128).bfloat16()
-        apply_expert_parallel(model, init_device_mesh("cpu", world), config)
-    ours = run(model, mine, torch.bfloat16)
-    ours += full_gradients(model).values()
-    return [
-        (relative_error(a.float(), c), relative_error(b.float(), c))
-        for a, b, c in zip(ours, their, wanted, strict=True)
-    ]
-
-
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_bfloat16_error_is_within_twice_hugging_faces(ranks, split):
-    for errors in ranks(split.world).run(bfloat16_errors, split.per_node):
+    pool = ranks(split.world)
+    for errors in pool.run(bfloat16_errors, HIERARCHICAL, NUM_EXPERTS, 4, split.per_node):
         for ours, theirs in errors:
             assert ours <= 2 * theirs, errors
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,21 +32,6 @@ pytestmark = requires_gpu
 
 TIMEOUT_S = 120.0
 LAYER = Layer(hidden=128, width=256, device="cuda", tokens_apart=230)
-
-
-@pytest.fixture(scope="module")
-def gpu_ranks() -> Iterator[Callable[[int], RankPool]]:
-    """`gpu_ranks(W)` gives a pool of W ranks that share the GPU."""
-    pools: dict[int, RankPool] = {}
-
-    def pool_of(world_size: int) -> RankPool:
-        if world_size not in pools:
-            pools[world_size] = RankPool(world_size, backend="nccl")
-        return pools[world_size]
-
-    yield pool_of
-    for pool in pools.values():
-        pool.close()
 
 
 def movement_in_chunks(num_chunks: int, top_k: int, has_invalid: bool) -> list[str]:

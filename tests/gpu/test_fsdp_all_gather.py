@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,21 +17,6 @@ pytestmark = requires_gpu
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs of one host")
 TIMEOUT_S = 180.0
-
-
-@pytest.fixture(scope="module")
-def gpu_ranks() -> Iterator[Callable[[int], RankPool]]:
-    """`gpu_ranks(W)` gives a pool of W ranks over NCCL."""
-    pools: dict[int, RankPool] = {}
-
-    def pool_of(world_size: int) -> RankPool:
-        if world_size not in pools:
-            pools[world_size] = RankPool(world_size, backend="nccl")
-        return pools[world_size]
-
-    yield pool_of
-    for pool in pools.values():
-        pool.close()
 
 
 def gradients_by(kind: str | None, num_steps: int = 3):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -39,21 +39,6 @@ PEER = {"transport": "peer"}
 CHECKPOINTING = ("use_reentrant", "keep")
 BOUNDED = {"transport": "peer", "budget": "bounded"}
 AGAIN = {"received_rows": "dispatch_again"}
-
-
-@pytest.fixture(scope="module")
-def gpu_ranks() -> Iterator[Callable[[int], RankPool]]:
-    """`gpu_ranks(W)` gives a pool of W ranks over NCCL."""
-    pools: dict[int, RankPool] = {}
-
-    def pool_of(world_size: int) -> RankPool:
-        if world_size not in pools:
-            pools[world_size] = RankPool(world_size, backend="nccl")
-        return pools[world_size]
-
-    yield pool_of
-    for pool in pools.values():
-        pool.close()
 
 
 MOVEMENTS = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -44,21 +44,6 @@ TIMEOUT_S = 120.0
 LAYER = Layer(hidden=128, width=256, device="cuda", tokens_apart=230)
 COLLECTIVE = {"transport": "collective"}
 BUDGETS = pytest.mark.parametrize("config", [PEER, BOUNDED], ids=["exact", "bounded"])
-
-
-@pytest.fixture(scope="module")
-def gpu_ranks() -> Iterator[Callable[[int], RankPool]]:
-    """`gpu_ranks(W)` gives a pool of W ranks over NCCL."""
-    pools: dict[int, RankPool] = {}
-
-    def pool_of(world_size: int) -> RankPool:
-        if world_size not in pools:
-            pools[world_size] = RankPool(world_size, backend="nccl")
-        return pools[world_size]
-
-    yield pool_of
-    for pool in pools.values():
-        pool.close()
 
 
 def slots_of_ranks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,21 +35,6 @@ NUM_STEPS = 3
 LEARNING_RATE = 0.5
 TIMEOUT_S = 120.0
 COLLECTIVE = MoEConfig(transport="collective")  # whatever the ranks' GPUs could do themselves
-
-
-@pytest.fixture(scope="module")
-def gpu_ranks() -> Iterator[Callable[[int], RankPool]]:
-    """`gpu_ranks(W)` gives a pool of W ranks that share the GPU."""
-    pools: dict[int, RankPool] = {}
-
-    def pool_of(world_size: int) -> RankPool:
-        if world_size not in pools:
-            pools[world_size] = RankPool(world_size, backend="nccl")
-        return pools[world_size]
-
-    yield pool_of
-    for pool in pools.values():
-        pool.close()
 
 
 def case_of_rank(rank: int, top_k: int) -> Case:
