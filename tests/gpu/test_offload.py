@@ -14,9 +14,8 @@ from torch_moe_ep.testing.parallel import decoder_layers
 from torch_moe_ep.testing.reference import reference_gradients
 
 from .cases import requires_gpu
-from .test_several_ranks import TIMEOUT_S, gpu_ranks
+from .test_several_ranks import TIMEOUT_S
 
-__all__ = ["gpu_ranks"]
 pytestmark = requires_gpu
 
 MAX_NORM = 0.05
