@@ -39,7 +39,7 @@ struct MlpInputGradients {
 struct MlpGradients {
   at::Tensor rows;
   at::Tensor row_weights;
-  at::Tensor gate_up;  // undefined where they are added to others
+  at::Tensor gate_up;
   at::Tensor down;
 };
 
@@ -63,7 +63,8 @@ struct MlpCompute {
                                const at::Tensor& grad_z,
                                const at::Tensor& activation,
                                double weight_grad_scale);
-  // z [R, 2I], or [0, 2I] to compute it again. Of `into` rows and row weights.
+  // z [R, 2I], or [0, 2I] to compute it again. into.gate_up and into.down: fp32 tensors that the
+  // weights' gradients are added to, which then do not come back.
   MlpGradients (*backward)(const ExpertSegments& segments,
                            const at::Tensor& grad_y,
                            const MlpInputs& inputs,

@@ -20,7 +20,7 @@
 // with recompute_gate_up its inputs alone. Given x and the parts of the plan (P = 1) it keeps x in
 // place of rows, and backward dispatches x again: the same rows to the bit.
 //
-// Of tokens in chunks: chunk_mlp.h.
+// Of tokens in chunks: mlp_operators.h.
 //
 // rows [R, H]                    float32, bfloat16 or float16
 // row_weights [R]                float32

@@ -10,9 +10,9 @@
 
 #include "common/element_type_of.h"
 #include "common/fresh_pages.h"
-#include "expert_mlp/chunk_mlp.h"
 #include "expert_mlp/compute.h"
 #include "expert_mlp/expert_mlp.h"
+#include "expert_mlp/mlp_operators.h"
 #include "expert_mlp/panel_gemm.h"
 #include "expert_mlp/swiglu_loops.h"
 
@@ -290,90 +290,17 @@ MlpGradients backward(const ExpertSegments& experts,
     down.add(segment, segment.of(grad_y), found.activation);
     gate_up.add(segment, found.z, segment.of(in.rows));
   }
-  into.gate_up = gate_up.finish();
-  into.down = down.finish();
-  return into;
+  if (!into.gate_up.defined())
+    return {into.rows, into.row_weights, gate_up.finish(), down.finish()};
+  into.gate_up.add_(gate_up.finish());
+  into.down.add_(down.finish());
+  return {into.rows, into.row_weights, {}, {}};
 }
 
 }  // namespace
 
 const MlpCompute kComputeCpu = {&forward, &input_grads, &weight_grads, &backward};
 
-std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cpu(const at::Tensor& rows,
-                                                          const at::Tensor& row_weights,
-                                                          const at::Tensor& expert_offsets,
-                                                          const at::Tensor& host_offsets,
-                                                          const at::Tensor& gate_up,
-                                                          const at::Tensor& down,
-                                                          int64_t slots_per_pass) {
-  check_expert_mlp(rows, row_weights, expert_offsets, host_offsets, gate_up, down);
-  const MlpInputs inputs = {rows, row_weights, gate_up, down};
-  const auto [y, z] = forward(all_chunks(expert_offsets, host_offsets, 1),
-                              inputs.contiguous(),
-                              slots_per_pass,
-                              /*keeps_z=*/true,
-                              {});
-  return {y, z.defined() ? z : at::empty({0, gate_up.size(1)}, rows.options())};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cpu(
-    const at::Tensor& grad_y,
-    const at::Tensor& rows,
-    const at::Tensor& row_weights,
-    const at::Tensor& z,
-    const at::Tensor& expert_offsets,
-    const at::Tensor& host_offsets,
-    const at::Tensor& gate_up,
-    const at::Tensor& down,
-    double weight_grad_scale,
-    int64_t slots_per_pass) {
-  check_expert_mlp(rows, row_weights, expert_offsets, host_offsets, gate_up, down);
-  check_expert_mlp_backward(grad_y, rows, z, gate_up);
-  const MlpInputs inputs = {rows, row_weights, gate_up, down};
-  const MlpGradients found = backward(all_chunks(expert_offsets, host_offsets, 1),
-                                      grad_y.contiguous(),
-                                      inputs.contiguous(),
-                                      z.contiguous(),
-                                      weight_grad_scale,
-                                      slots_per_pass,
-                                      {});
-  return {found.rows, found.row_weights, found.gate_up, found.down};
-}
-
-std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_add_cpu(const at::Tensor& grad_y,
-                                                               const at::Tensor& rows,
-                                                               const at::Tensor& row_weights,
-                                                               const at::Tensor& z,
-                                                               const at::Tensor& expert_offsets,
-                                                               const at::Tensor& host_offsets,
-                                                               const at::Tensor& gate_up,
-                                                               const at::Tensor& down,
-                                                               double weight_grad_scale,
-                                                               int64_t slots_per_pass,
-                                                               const at::Tensor& main_grad_gate_up,
-                                                               const at::Tensor& main_grad_down) {
-  check_main_grads(main_grad_gate_up, main_grad_down, gate_up, down);
-  auto [grad_rows, grad_row_weights, grad_gate_up, grad_down] =
-      expert_mlp_backward_cpu(grad_y,
-                              rows,
-                              row_weights,
-                              z,
-                              expert_offsets,
-                              host_offsets,
-                              gate_up,
-                              down,
-                              weight_grad_scale,
-                              slots_per_pass);
-  main_grad_gate_up.add_(grad_gate_up);
-  main_grad_down.add_(grad_down);
-  return {grad_rows, grad_row_weights};
-}
-
-TORCH_LIBRARY_IMPL(torch_moe_ep, CPU, m) {
-  m.impl("expert_mlp_forward", &expert_mlp_forward_cpu);
-  m.impl("expert_mlp_backward", &expert_mlp_backward_cpu);
-  m.impl("expert_mlp_backward_add", &expert_mlp_backward_add_cpu);
-  implement_chunk_operators<kComputeCpu>(m);
-}
+TORCH_LIBRARY_IMPL(torch_moe_ep, CPU, m) { implement_operators<kComputeCpu>(m); }
 
 }  // namespace torch_moe_ep

@@ -7,10 +7,10 @@
 #include <utility>
 #include <vector>
 
-#include "expert_mlp/chunk_mlp.h"
 #include "expert_mlp/compute.h"
 #include "expert_mlp/expert_gemms.h"
 #include "expert_mlp/expert_mlp.h"
+#include "expert_mlp/mlp_operators.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -155,14 +155,13 @@ MlpGradients weight_grads(const ExpertSegments& segments,
   return {{}, {}, gate_up, down};
 }
 
-// into.gate_up and into.down: undefined, or fp32 tensors that the weights' gradients are added to.
-MlpGradients backward_add(const ExpertSegments& segments,
-                          const at::Tensor& grad_y,
-                          const MlpInputs& in,
-                          const at::Tensor& z,
-                          double weight_grad_scale,
-                          int64_t slots_per_pass,
-                          MlpGradients into) {
+MlpGradients backward(const ExpertSegments& segments,
+                      const at::Tensor& grad_y,
+                      const MlpInputs& in,
+                      const at::Tensor& z,
+                      double weight_grad_scale,
+                      int64_t slots_per_pass,
+                      MlpGradients into) {
   const c10::cuda::CUDAGuard guard(in.rows.device());
   const int64_t num_slots = in.rows.size(0);
   const bool is_one = is_one_pass(num_slots, slots_per_pass);
@@ -189,98 +188,10 @@ MlpGradients backward_add(const ExpertSegments& segments,
   return into;
 }
 
-// Both operators of backward.
-MlpGradients checked_backward(const at::Tensor& grad_y,
-                              const MlpInputs& in,
-                              const at::Tensor& z,
-                              const at::Tensor& expert_offsets,
-                              const at::Tensor& host_offsets,
-                              double weight_grad_scale,
-                              int64_t slots_per_pass,
-                              MlpGradients into) {
-  check_expert_mlp(in.rows, in.row_weights, expert_offsets, host_offsets, in.gate_up, in.down);
-  check_expert_mlp_backward(grad_y, in.rows, z, in.gate_up);
-  return backward_add(all_chunks(expert_offsets, host_offsets, 1),
-                      grad_y.contiguous(),
-                      in.contiguous(),
-                      z.contiguous(),
-                      weight_grad_scale,
-                      slots_per_pass,
-                      std::move(into));
-}
-
 }  // namespace
 
-const MlpCompute kComputeCuda = {&forward, &input_grads, &weight_grads, &backward_add};
+const MlpCompute kComputeCuda = {&forward, &input_grads, &weight_grads, &backward};
 
-std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_cuda(const at::Tensor& rows,
-                                                           const at::Tensor& row_weights,
-                                                           const at::Tensor& expert_offsets,
-                                                           const at::Tensor& host_offsets,
-                                                           const at::Tensor& gate_up,
-                                                           const at::Tensor& down,
-                                                           int64_t slots_per_pass) {
-  check_expert_mlp(rows, row_weights, expert_offsets, host_offsets, gate_up, down);
-  const MlpInputs inputs = {rows, row_weights, gate_up, down};
-  const auto [y, z] = forward(all_chunks(expert_offsets, host_offsets, 1),
-                              inputs.contiguous(),
-                              slots_per_pass,
-                              /*keeps_z=*/true,
-                              {});
-  return {y, z.defined() ? z : at::empty({0, gate_up.size(1)}, rows.options())};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward_cuda(
-    const at::Tensor& grad_y,
-    const at::Tensor& rows,
-    const at::Tensor& row_weights,
-    const at::Tensor& z,
-    const at::Tensor& expert_offsets,
-    const at::Tensor& host_offsets,
-    const at::Tensor& gate_up,
-    const at::Tensor& down,
-    double weight_grad_scale,
-    int64_t slots_per_pass) {
-  const MlpGradients gradients = checked_backward(grad_y,
-                                                  {rows, row_weights, gate_up, down},
-                                                  z,
-                                                  expert_offsets,
-                                                  host_offsets,
-                                                  weight_grad_scale,
-                                                  slots_per_pass,
-                                                  {});
-  return {gradients.rows, gradients.row_weights, gradients.gate_up, gradients.down};
-}
-
-std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_add_cuda(const at::Tensor& grad_y,
-                                                                const at::Tensor& rows,
-                                                                const at::Tensor& row_weights,
-                                                                const at::Tensor& z,
-                                                                const at::Tensor& expert_offsets,
-                                                                const at::Tensor& host_offsets,
-                                                                const at::Tensor& gate_up,
-                                                                const at::Tensor& down,
-                                                                double weight_grad_scale,
-                                                                int64_t slots_per_pass,
-                                                                const at::Tensor& main_grad_gate_up,
-                                                                const at::Tensor& main_grad_down) {
-  check_main_grads(main_grad_gate_up, main_grad_down, gate_up, down);
-  const MlpGradients gradients = checked_backward(grad_y,
-                                                  {rows, row_weights, gate_up, down},
-                                                  z,
-                                                  expert_offsets,
-                                                  host_offsets,
-                                                  weight_grad_scale,
-                                                  slots_per_pass,
-                                                  {{}, {}, main_grad_gate_up, main_grad_down});
-  return {gradients.rows, gradients.row_weights};
-}
-
-TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) {
-  m.impl("expert_mlp_forward", &expert_mlp_forward_cuda);
-  m.impl("expert_mlp_backward", &expert_mlp_backward_cuda);
-  m.impl("expert_mlp_backward_add", &expert_mlp_backward_add_cuda);
-  implement_chunk_operators<kComputeCuda>(m);
-}
+TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) { implement_operators<kComputeCuda>(m); }
 
 }  // namespace torch_moe_ep

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "expert_mlp/chunk_mlp.h"
 #include "expert_mlp/expert_gemms.h"
+#include "expert_mlp/mlp_operators.h"
 #include "expert_mlp/sm90/choose_tile.h"
 
 namespace torch_moe_ep {

@@ -1,5 +1,6 @@
-// The operators of expert_mlp for tokens in C chunks whose rows lie in buffers of all chunks
-// (RowSegments: segment l C + c holds the rows of local expert l in chunk c).
+// The operators of expert_mlp for a device, from what it computes (compute.h): those of
+// expert_mlp.h, and those for tokens in C chunks whose rows lie in buffers of all chunks
+// (RowSegments: segment l C + c holds the rows of local expert l in chunk c):
 //
 // expert_mlp_forward_chunk(rows, ..., chunk, y, z) writes y, and z where it is given, of the
 //   chunk's rows. z is given in one pass only.
@@ -16,17 +17,108 @@
 // expert_mlp.h has it.
 #pragma once
 
+#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "expert_mlp/compute.h"
 #include "expert_mlp/expert_mlp.h"
 
 namespace torch_moe_ep {
+
+template <const MlpCompute& kCompute>
+std::tuple<at::Tensor, at::Tensor> expert_mlp_forward(const at::Tensor& rows,
+                                                      const at::Tensor& row_weights,
+                                                      const at::Tensor& expert_offsets,
+                                                      const at::Tensor& host_offsets,
+                                                      const at::Tensor& gate_up,
+                                                      const at::Tensor& down,
+                                                      int64_t slots_per_pass) {
+  check_expert_mlp(rows, row_weights, expert_offsets, host_offsets, gate_up, down);
+  const MlpInputs inputs = {rows, row_weights, gate_up, down};
+  const auto [y, z] = kCompute.forward(all_chunks(expert_offsets, host_offsets, 1),
+                                       inputs.contiguous(),
+                                       slots_per_pass,
+                                       /*keeps_z=*/true,
+                                       {});
+  return {y, z.defined() ? z : at::empty({0, gate_up.size(1)}, rows.options())};
+}
+
+// Both forms of backward; of `into` the tensors that weight gradients are added to.
+template <const MlpCompute& kCompute>
+MlpGradients checked_backward(const at::Tensor& grad_y,
+                              const MlpInputs& inputs,
+                              const at::Tensor& z,
+                              const at::Tensor& expert_offsets,
+                              const at::Tensor& host_offsets,
+                              double weight_grad_scale,
+                              int64_t slots_per_pass,
+                              MlpGradients into) {
+  check_expert_mlp(
+      inputs.rows, inputs.row_weights, expert_offsets, host_offsets, inputs.gate_up, inputs.down);
+  check_expert_mlp_backward(grad_y, inputs.rows, z, inputs.gate_up);
+  return kCompute.backward(all_chunks(expert_offsets, host_offsets, 1),
+                           grad_y.contiguous(),
+                           inputs.contiguous(),
+                           z.contiguous(),
+                           weight_grad_scale,
+                           slots_per_pass,
+                           std::move(into));
+}
+
+template <const MlpCompute& kCompute>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward(
+    const at::Tensor& grad_y,
+    const at::Tensor& rows,
+    const at::Tensor& row_weights,
+    const at::Tensor& z,
+    const at::Tensor& expert_offsets,
+    const at::Tensor& host_offsets,
+    const at::Tensor& gate_up,
+    const at::Tensor& down,
+    double weight_grad_scale,
+    int64_t slots_per_pass) {
+  const MlpGradients found = checked_backward<kCompute>(grad_y,
+                                                        {rows, row_weights, gate_up, down},
+                                                        z,
+                                                        expert_offsets,
+                                                        host_offsets,
+                                                        weight_grad_scale,
+                                                        slots_per_pass,
+                                                        {});
+  return {found.rows, found.row_weights, found.gate_up, found.down};
+}
+
+template <const MlpCompute& kCompute>
+std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_add(const at::Tensor& grad_y,
+                                                           const at::Tensor& rows,
+                                                           const at::Tensor& row_weights,
+                                                           const at::Tensor& z,
+                                                           const at::Tensor& expert_offsets,
+                                                           const at::Tensor& host_offsets,
+                                                           const at::Tensor& gate_up,
+                                                           const at::Tensor& down,
+                                                           double weight_grad_scale,
+                                                           int64_t slots_per_pass,
+                                                           const at::Tensor& main_grad_gate_up,
+                                                           const at::Tensor& main_grad_down) {
+  check_main_grads(main_grad_gate_up, main_grad_down, gate_up, down);
+  const MlpGradients found =
+      checked_backward<kCompute>(grad_y,
+                                 {rows, row_weights, gate_up, down},
+                                 z,
+                                 expert_offsets,
+                                 host_offsets,
+                                 weight_grad_scale,
+                                 slots_per_pass,
+                                 {{}, {}, main_grad_gate_up, main_grad_down});
+  return {found.rows, found.row_weights};
+}
 
 // A tensor that results are written into, of `like`'s dtype or fp32.
 inline void check_target(const at::Tensor& target,
@@ -167,7 +259,10 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_chunks(const at::Tensor& 
 }
 
 template <const MlpCompute& kCompute>
-void implement_chunk_operators(torch::Library& library) {
+void implement_operators(torch::Library& library) {
+  library.impl("expert_mlp_forward", &expert_mlp_forward<kCompute>);
+  library.impl("expert_mlp_backward", &expert_mlp_backward<kCompute>);
+  library.impl("expert_mlp_backward_add", &expert_mlp_backward_add<kCompute>);
   library.impl("expert_mlp_forward_chunk", &expert_mlp_forward_chunk<kCompute>);
   library.impl("expert_mlp_input_grads_chunk", &expert_mlp_input_grads_chunk<kCompute>);
   library.impl("expert_mlp_weight_grads", &expert_mlp_weight_grads<kCompute>);
