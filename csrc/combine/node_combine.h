@@ -14,9 +14,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "combine/gather_rows.h"
 #include "common/node_movement.h"
@@ -34,5 +36,35 @@ NodeMoved combine_over_nodes(const at::Tensor& rows,
                              const NodePlan& plan,
                              const std::optional<at::Tensor>& bytes_sent,
                              GatherRows gather_rows);
+
+// The operator of a device.
+template <GatherRows kGatherRows>
+NodeMoved node_combine(const at::Tensor& rows,
+                       const std::optional<at::Tensor>& row_weights,
+                       const at::Tensor& row_of_copy,
+                       const at::Tensor& slot_of_forwarded,
+                       const at::Tensor& slot_of_received,
+                       const at::Tensor& expert_offsets,
+                       const at::Tensor& counts,
+                       const at::Tensor& host_counts,
+                       int64_t top_k,
+                       int64_t row_alignment,
+                       int64_t ranks_per_node,
+                       const std::string& group_name,
+                       const std::optional<at::Tensor>& /*tokens_per_expert*/,
+                       const std::optional<at::Tensor>& bytes_sent) {
+  const c10::DeviceGuard guard(rows.device());
+  const NodePlan plan = {row_of_copy,
+                         slot_of_forwarded,
+                         slot_of_received,
+                         expert_offsets,
+                         counts,
+                         host_counts,
+                         top_k,
+                         row_alignment,
+                         ranks_per_node,
+                         group_name};
+  return combine_over_nodes(rows, row_weights, plan, bytes_sent, kGatherRows);
+}
 
 }  // namespace torch_moe_ep

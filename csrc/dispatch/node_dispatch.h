@@ -29,6 +29,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <cstdint>
 #include <optional>
@@ -65,5 +66,34 @@ NodeMoved dispatch_over_nodes(const at::Tensor& x,
                               const NodePlan& plan,
                               const std::optional<at::Tensor>& bytes_sent,
                               PackRows pack_rows);
+
+// The operator of a device.
+template <PackRows kPackRows>
+NodeMoved node_dispatch(const at::Tensor& x,
+                        const std::optional<at::Tensor>& weights,
+                        const at::Tensor& row_of_copy,
+                        const at::Tensor& slot_of_forwarded,
+                        const at::Tensor& slot_of_received,
+                        const at::Tensor& expert_offsets,
+                        const at::Tensor& counts,
+                        const at::Tensor& host_counts,
+                        int64_t top_k,
+                        int64_t row_alignment,
+                        int64_t ranks_per_node,
+                        const std::string& group_name,
+                        const std::optional<at::Tensor>& bytes_sent) {
+  const c10::DeviceGuard guard(x.device());
+  const NodePlan plan = {row_of_copy,
+                         slot_of_forwarded,
+                         slot_of_received,
+                         expert_offsets,
+                         counts,
+                         host_counts,
+                         top_k,
+                         row_alignment,
+                         ranks_per_node,
+                         group_name};
+  return dispatch_over_nodes(x, weights, plan, bytes_sent, kPackRows);
+}
 
 }  // namespace torch_moe_ep

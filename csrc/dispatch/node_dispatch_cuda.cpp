@@ -139,38 +139,11 @@ NodePlanTensors node_plan_cuda(const at::Tensor& expert_ids,
           host_counts};
 }
 
-NodeMoved node_dispatch_cuda(const at::Tensor& x,
-                             const std::optional<at::Tensor>& weights,
-                             const at::Tensor& row_of_copy,
-                             const at::Tensor& slot_of_forwarded,
-                             const at::Tensor& slot_of_received,
-                             const at::Tensor& expert_offsets,
-                             const at::Tensor& counts,
-                             const at::Tensor& host_counts,
-                             int64_t top_k,
-                             int64_t row_alignment,
-                             int64_t ranks_per_node,
-                             const std::string& group_name,
-                             const std::optional<at::Tensor>& bytes_sent) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  const NodePlan plan = {row_of_copy,
-                         slot_of_forwarded,
-                         slot_of_received,
-                         expert_offsets,
-                         counts,
-                         host_counts,
-                         top_k,
-                         row_alignment,
-                         ranks_per_node,
-                         group_name};
-  return dispatch_over_nodes(x, weights, plan, bytes_sent, &pack_rows_cuda);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, CUDA, m) {
   m.impl("node_plan", &node_plan_cuda);
-  m.impl("node_dispatch", &node_dispatch_cuda);
+  m.impl("node_dispatch", &node_dispatch<&pack_rows_cuda>);
 }
 
 }  // namespace torch_moe_ep
