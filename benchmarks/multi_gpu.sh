@@ -25,23 +25,28 @@ status=0
 # measure SECONDS NAME MODULE ARGUMENTS...: at most so long; a failure is told and the rest goes on. The
 # result file's name says how many GPUs there were.
 measure() {
-  local limit=$1 name=$2 module=$3 start=$SECONDS
+  local limit=$1 name=$2 module=$3 start=$SECONDS failed=0
   shift 3
   local output="$folder/$today-$name-${num_gpus}gpu.json"
   echo "== $name on $num_gpus GPUs"
   timeout --kill-after=10 "$limit" \
     "$python" -m "$module" "$@" --commit "$commit" --output "$output" || {
     echo "== $name FAILED ($?)"
-    status=1
+    failed=1 status=1
   }
   echo "== $name took $((SECONDS - start)) s"
+  return $failed
 }
 
 measure 85 ep_layer benchmarks.ep_layer --min_seconds 0.6 --turns 3
 measure 45 transport benchmarks.transport
 measure 80 train benchmarks.train
+# It waits most of the time: beside the tests, of which nothing is a time.
+measure 190 killed_rank benchmarks.killed_rank &
+killed_rank=$!
 measure 195 several-ranks tests.record tests/gpu/test_several_ranks.py tests/gpu/test_peer.py \
   tests/gpu/test_peer_chunks.py tests/gpu/test_chunks.py tests/gpu/test_fsdp_all_gather.py \
   -k 'training or away or gather or collective or waits'
+wait "$killed_rank" || status=1
 measure 75 scaling benchmarks.scaling --plot
 exit $status

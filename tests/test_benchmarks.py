@@ -13,7 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import common, layer, performance_page, results, train, transport
+from benchmarks import (
+    common,
+    killed_rank,
+    layer,
+    performance_page,
+    results,
+    train,
+    transport,
+)
 from benchmarks.routing import ROUTINGS, copies_per_expert, expert_ids
 from torch_moe_ep.testing import RankPool
 
@@ -121,6 +129,11 @@ def test_transport_says_why_a_library_ended_its_process(monkeypatch):
     (row,) = transport.vdev_rows(case, 2)
     assert row["value"] == "did not run: the library does not like cpu"
     assert row["name"] == transport.VDEV and row["case"] == f"P=2 {case}"
+
+
+def test_killed_rank_is_named_by_every_other():
+    found = {row["unit"]: row["value"] for row in killed_rank.measure(3, "cpu", "collective", 3)}
+    assert found["of 2 others raised"] == found["of 2 others named it"] == 2
 
 
 def runs_on_ranks(min_seconds: float) -> int:
