@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.results import DENSE, RESULTS_DIR, format_table, plot
+from benchmarks.result_files import RESULTS_DIR
+from benchmarks.results import DENSE, format_table, plot
 
 
 @dataclass(frozen=True)

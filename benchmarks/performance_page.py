@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks.result_files import between_markers, newest_files, read
 
 MAX_COLUMNS = 8  # what a page is wide
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -12,15 +12,13 @@ PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 
 def tables() -> str:
     """One section for each kind of result file that a benchmark of this folder writes."""
-    files = {
-        name: path for name, path in results.newest_files().items() if _program(name).is_file()
-    }
+    files = {name: path for name, path in newest_files().items() if _program(name).is_file()}
     return "\n\n".join(_section(name, path) for name, path in sorted(files.items()))
 
 
 def page_with_tables() -> str:
     """The page's text with the newest tables between the markers."""
-    return results.between_markers(PAGE.read_text(), tables())
+    return between_markers(PAGE.read_text(), tables())
 
 
 def _program(name: str) -> Path:
@@ -29,7 +27,7 @@ def _program(name: str) -> Path:
 
 
 def _section(name: str, path: Path) -> str:
-    result = results.read(path)
+    result = read(path)
     purpose = (ast.get_docstring(ast.parse(_program(name).read_text())) or "").partition("\n")[0]
     parts = [f"## {name}", f"{purpose} {_machine(result)}."]
     if result.get("note"):

@@ -6,33 +6,15 @@ checks that both are up to date.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS_DIR = Path(__file__).parent / "results"
+from benchmarks import performance_page
+from benchmarks.result_files import FIXED, RESULTS_DIR, between_markers, newest_files, read
+
 DENSE = "dense GEMM"  # the candidate that ratio_to_dense refers to
-FIXED = ("name", "case", "value", "unit")
 README = Path(__file__).parent.parent / "README.md"
-MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Read one result file.
-
-    Raises:
-        ValueError: a field of the format is missing.
-    """
-    result: dict[str, Any] = json.loads(path.read_text())
-    wanted = ("date", "commit", "gpu", "driver", "torch", "cuda", "power_limit_w", "command")
-    missing = [field for field in (*wanted, "rows") if field not in result]
-    if missing:
-        raise ValueError(f"{path} is no result file: {', '.join(missing)} missing.")
-    for row in result["rows"]:
-        if not set(FIXED) <= set(row):
-            raise ValueError(f"{path}: a row needs {', '.join(FIXED)}, got {sorted(row)}.")
-    return result
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -77,12 +59,6 @@ def plot(path: Path) -> Path:
     return target
 
 
-def newest_files() -> dict[str, Path]:
-    """The newest file of each name: "layer" of 2026-11-25-layer.json and its predecessors."""
-    paths = sorted(RESULTS_DIR.glob("????-??-??-*.json"))
-    return {path.stem.split("-", 3)[3]: path for path in paths}
-
-
 def readme_tables() -> str:
     """Markdown tables of the newest layer results, or one sentence where there are none."""
     files = newest_files()
@@ -123,13 +99,6 @@ def readme_with_tables() -> str:
     return between_markers(README.read_text(), readme_tables())
 
 
-def between_markers(text: str, tables: str) -> str:
-    """Replace what stands between a page's markers."""
-    before, rest = text.split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    return f"{before}{MARKERS[0]}\n{tables}\n{MARKERS[1]}{after}"
-
-
 def main() -> None:
     """Print each file's head and table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,8 +109,6 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.readme:
-        from benchmarks import performance_page
-
         README.write_text(readme_with_tables())
         performance_page.PAGE.write_text(performance_page.page_with_tables())
         return

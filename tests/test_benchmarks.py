@@ -18,6 +18,7 @@ from benchmarks import (
     killed_rank,
     layer,
     performance_page,
+    result_files,
     results,
     train,
     transport,
@@ -62,17 +63,17 @@ def test_result_file_has_the_fixed_fields_and_merges(tmp_path: Path) -> None:
     row = {"name": "a", "case": "c", "value": 1.0, "unit": "s"}
     common.write_results("layer", [row, {**row, "case": "d"}], path)
     common.write_results("layer", [{**row, "value": 2.0}], path)
-    result = results.read(path)
+    result = result_files.read(path)
     assert {(r["case"], r["value"]) for r in result["rows"]} == {("c", 2.0), ("d", 1.0)}
     path.write_text(json.dumps({"rows": []}))
     with pytest.raises(ValueError, match="is no result file: date, commit"):
-        results.read(path)
+        result_files.read(path)
 
 
 def test_every_result_file_of_the_repository_is_readable() -> None:
     """All of benchmarks/results has the format of the reader."""
     for path in sorted(common.RESULTS_DIR.glob("*.json")):
-        assert results.format_table(results.read(path)["rows"])
+        assert results.format_table(result_files.read(path)["rows"])
 
 
 def test_readme_table_equals_newest_results() -> None:

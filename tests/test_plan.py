@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import torch_moe_ep.plan as package
-from benchmarks.results import newest_files, read
+from benchmarks.result_files import newest_files, read
 from tests import plan_cases
 from torch_moe_ep.plan import (
     GPUS,
