@@ -137,3 +137,11 @@ def bfloat16_errors(
         (relative_error(a.float(), c), relative_error(b.float(), c))
         for a, b, c in zip(ours, their, wanted, strict=True)
     ]
+
+
+def kept_outputs(forward: Any, operator: Any) -> list[Any]:
+    """What a selective checkpoint's first run keeps of an operator, call by call."""
+    kept = forward.contexts[0].storage[operator]
+    if isinstance(kept, dict):  # since torch 2.15; it marks what is computed again
+        return [outputs for outputs in kept.values() if isinstance(outputs, tuple | list)]
+    return kept

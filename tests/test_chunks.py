@@ -8,7 +8,15 @@ import torch.distributed as dist
 from chunk_cases import NUM_EXPERTS, Layer, results_of_two_steps, rows_of_chunks
 from gpu.cases import poisoned_memory
 from node_cases import ranks_per_node
-from parallel_cases import UNEVEN, Run, backward, bfloat16_errors, build, reference_of
+from parallel_cases import (
+    UNEVEN,
+    Run,
+    backward,
+    bfloat16_errors,
+    build,
+    kept_outputs,
+    reference_of,
+)
 
 from torch_moe_ep import MoEConfig, ops
 from torch_moe_ep.memory import checkpoint_contexts
@@ -267,9 +275,8 @@ def kept_elements(keep: str) -> list[int]:
     x, ids, weights, _ = layer.inputs()
     with forward:
         model(x, ids, weights)
-    storage = forward.contexts[0].storage
-    plan = storage[torch.ops.torch_moe_ep.plan_chunks.default]
-    experts = storage[torch.ops.torch_moe_ep.chunked_experts_forward.default]
+    plan = kept_outputs(forward, torch.ops.torch_moe_ep.plan_chunks.default)
+    experts = kept_outputs(forward, torch.ops.torch_moe_ep.chunked_experts_forward.default)
     return [plan[0][3].val.numel(), *(part.val.numel() for it in experts for part in it[1:])]
 
 

@@ -84,7 +84,8 @@ def disturbed_ids(how: str, keep: str | None):
             lambda _module, args, ids=ids: ids.append(args[1].clone())
         )
         layer.mlp.gate.register_forward_pre_hook(
-            lambda _module, args, ids=ids: (args[0].flip(-1) if ids else args[0],)
+            # The same operation in both runs, as torch 2.15 wants it.
+            lambda _module, args, ids=ids: (args[0].roll(1 if ids else 0, -1),)
         )
     try:
         backward(RUN, model)

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_cases import kept_outputs
 
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, ops
 from torch_moe_ep.memory import checkpoint_contexts
@@ -215,8 +216,7 @@ def rows_kept_by_plan(keep: str) -> list[int]:
     forward, _ = checkpoint_contexts(keep)()
     with forward:
         model(torch.randn(6, 16, requires_grad=True), *random_routing(6, 2, 8))
-    caching = forward.contexts[0]
-    kept = caching.storage[torch.ops.torch_moe_ep.plan.default]
+    kept = kept_outputs(forward, torch.ops.torch_moe_ep.plan.default)
     return [outputs[5].val.numel() for outputs in kept]
 
 
