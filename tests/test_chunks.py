@@ -17,6 +17,7 @@ from parallel_cases import (
     kept_outputs,
     reference_of,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from torch_moe_ep import MoEConfig, ops
 from torch_moe_ep.memory import checkpoint_contexts
@@ -402,3 +403,21 @@ def test_plan_over_peers_is_refused_on_the_cpu():
     gate_up, down = torch.randn(4, 64, 16), torch.randn(4, 16, 32)
     with pytest.raises(ValueError, match="is for GPUs that map each other's memory, got tokens on"):
         ops.chunked_experts(torch.randn(4, 16), weights, plan, gate_up, down)
+
+
+def test_traced_forward_that_keeps_nothing_asks_for_no_unknown_size() -> None:
+    """A size that no result has would be an error of the tracer."""
+    experts, hidden, width, tokens, top_k = 2, 16, 8, 3, 2
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        counts = torch.zeros(2, 2, 2 * experts, dtype=torch.int64)
+        return torch.ops.torch_moe_ep.chunked_experts_forward(
+            *(x, torch.ones(tokens, top_k), torch.zeros(tokens * top_k, dtype=torch.int64)),
+            *(counts, counts, torch.ones(experts, 2 * width, hidden)),
+            *(torch.ones(experts, hidden, width), top_k, 1, "", None, 0, 0, 0, None, None),
+            *(False, True),
+        )[0]
+
+    traced = make_fx(forward, tracing_mode="symbolic")(torch.ones(tokens, hidden))
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    assert output.args[0].meta["val"].shape == (tokens, hidden)

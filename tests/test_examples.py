@@ -62,6 +62,8 @@ def test_pretrain_few_steps_writes_every_result(tmp_path: Path) -> None:
     """Two updates on text packed before end with every file that README names."""
     packing = ["--output", str(tmp_path / "packed"), "--source", "manual"]
     assert prepare_data([*packing, "--vocab_size=384", "--block_size=32"]) == 0
+    earlier = tmp_path / "runs" / "tiny" / "checkpoint" / "step-999"
+    earlier.mkdir(parents=True)
     _torchrun(
         2,
         "-m",
@@ -81,6 +83,7 @@ def test_pretrain_few_steps_writes_every_result(tmp_path: Path) -> None:
     results = {path.name for path in (tmp_path / "runs" / "tiny").iterdir()}
     wanted = {"loss.png", "expert_load.png", "checkpoint", "hf", "sample.txt", "tensorboard"}
     assert wanted <= results
+    assert not earlier.exists()  # of a run of the same name, which this one did not go on from
 
 
 def test_pretrain_that_is_done_is_not_resumed(monkeypatch: pytest.MonkeyPatch) -> None:

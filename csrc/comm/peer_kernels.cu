@@ -167,12 +167,6 @@ int64_t control_bytes(int num_ranks) {
 }
 
 cudaError_t launch_meeting(const PeerMeeting& meeting, cudaStream_t stream) {
-  // A multiprocessor divides its memory for one kernel at a time: divided as the experts' GEMMs ask
-  // for, a meeting has room beside them and need not wait until they end.
-  const cudaError_t error = cudaFuncSetAttribute(meeting_kernel,
-                                                 cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                 cudaSharedmemCarveoutMaxShared);
-  if (error != cudaSuccess) return error;
   meeting_kernel<<<1, kMeetingThreads, 0, stream>>>(meeting);
   return cudaGetLastError();
 }

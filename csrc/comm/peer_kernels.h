@@ -30,8 +30,8 @@ struct PeerReport {
 
 // A meeting ends on a rank when all ranks of the group have come to it. What a rank wrote before,
 // into anybody's memory, all ranks read after. One warp each: it waits for other GPUs alone, so it
-// leaves the other multiprocessors to whatever those GPUs wait for, and needs little enough to run
-// beside a GEMM on the same one.
+// leaves the other multiprocessors to whatever those GPUs wait for. Beside a GEMM it begins when
+// that gives a multiprocessor back.
 struct PeerMeeting {
   void* const* control;  // [num_ranks] control blocks, control_bytes(num_ranks) each
   PeerState* state;

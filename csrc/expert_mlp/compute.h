@@ -2,7 +2,7 @@
 //
 // Inputs are contiguous and checked. Results go into the tensors given, contiguous, or into new
 // ones where these are undefined; of the rows that the experts do not have nothing is read or
-// written (as far as ExpertGemms says). Letters and formulas: expert_mlp.h.
+// written. Letters and formulas: expert_mlp.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>

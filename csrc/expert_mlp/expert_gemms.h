@@ -13,7 +13,7 @@ namespace torch_moe_ep {
 
 // The GEMMs of one set of expert segments. All tensors are contiguous, of one dtype, on the device
 // of the offsets. Letters as in grouped_gemm.h. Rows that no expert has are left unwritten
-// (behind the last segment torch's _grouped_mm may write some).
+// in given tensors.
 //
 // Host sync: none with the hand-written kernels and, where experts have all rows, with torch's
 // _grouped_mm. The loop over experts (float32, float16, odd sizes; segments of one chunk where

@@ -131,8 +131,12 @@ at::Tensor ExpertGemms::rows_times_weights(GemmLayout layout,
   const GemmKernels kernels = choose(shape, {rows, weights, is_given ? out : rows});
   const at::Tensor right = layout == GemmLayout::kNT ? weights.transpose(1, 2) : weights;
   if (kernels == GemmKernels::kTorchGrouped && segments_.has_all_rows()) {
-    const at::Tensor found = at::_grouped_mm(rows, right, segment_ends());
-    return is_given ? out.copy_(found) : found;
+    at::Tensor found = at::_grouped_mm(rows, right, segment_ends());
+    if (!is_given) return found;
+    // It may write rows behind the last segment, which in a given tensor are somebody else's.
+    const at::Tensor number = at::arange(shape.rows, segment_ends().options());
+    const at::Tensor is_owned = number.lt(segment_ends().slice(0, -1)).unsqueeze(1);
+    return out.copy_(at::where(is_owned, found, out));
   }
   make_where_undefined(out, {shape.rows, shape.columns}, rows);
   if (shape.rows == 0) return out;

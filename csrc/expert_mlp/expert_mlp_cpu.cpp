@@ -290,8 +290,9 @@ MlpGradients backward(const ExpertSegments& experts,
     down.add(segment, segment.of(grad_y), found.activation);
     gate_up.add(segment, found.z, segment.of(in.rows));
   }
-  if (!into.gate_up.defined())
+  if (!into.gate_up.defined()) {
     return {into.rows, into.row_weights, gate_up.finish(), down.finish()};
+  }
   into.gate_up.add_(gate_up.finish());
   into.down.add_(down.finish());
   return {into.rows, into.row_weights, {}, {}};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -26,7 +27,7 @@ LARGE = Sizes(((1152, 1024), (1280, 1408)), 4096, 1536, torch.bfloat16, num_unow
 CASES = [
     (SMALL, "auto"),
     (SMALL, "sm80"),
-    (replace(SMALL, num_unowned=0), "torch"),  # which may write rows that nobody owns
+    (SMALL, "torch"),
     (replace(SMALL, dtype=torch.float16), "auto"),
     (replace(SMALL, dtype=torch.float32), "auto"),
     (ODD, "auto"),
@@ -44,12 +45,16 @@ def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Wh
     return Whole(sizes, "cuda")
 
 
-ANY_KERNELS = patch.dict("os.environ", TORCH_MOE_EP_KERNELS="auto")  # for fp32 beside sm80
+def kernels_for(whole: Whole) -> AbstractContextManager[object]:
+    """Those of the case, but where it refuses fp32: bounds are what the same kernels give."""
+    if whole.dtype != torch.float32:
+        return nullcontext()
+    return patch.dict("os.environ", TORCH_MOE_EP_KERNELS="auto")
 
 
 def forward_of(whole: Whole) -> tuple[torch.Tensor, torch.Tensor]:
     """y and z of all rows at once."""
-    with ANY_KERNELS:
+    with kernels_for(whole):
         found: tuple[torch.Tensor, torch.Tensor] = operators.expert_mlp_forward(
             whole.rows, whole.row_weights, *whole.of_all_chunks(), *whole.experts, 0
         )
@@ -58,7 +63,7 @@ def forward_of(whole: Whole) -> tuple[torch.Tensor, torch.Tensor]:
 
 def backward_of(whole: Whole, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """All four gradients of all rows at once."""
-    with ANY_KERNELS:
+    with kernels_for(whole):
         found: tuple[torch.Tensor, ...] = operators.expert_mlp_backward(
             *(whole.grad_y, whole.rows, whole.row_weights, z),
             *(*whole.of_all_chunks(), *whole.experts, 0.5, 0),
@@ -67,19 +72,16 @@ def backward_of(whole: Whole, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def assert_close_to(
-    whole: Whole,
-    ours: torch.Tensor,
-    theirs: torch.Tensor,
-    exact: torch.Tensor,
-    rows: torch.Tensor | None = None,
+    ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, rows: torch.Tensor | None = None
 ) -> None:
     """No further from fp32 than twice what all rows at once give; fp32 is fp32."""
     if rows is not None:
         ours, theirs, exact = ours[rows], theirs[rows], exact[rows]
     if ours.numel() == 0:
         return
-    least = 1e-5 if whole.dtype == torch.float32 else 2e-3
-    assert relative_error(ours, exact) <= max(least, 2 * relative_error(theirs, exact))
+    allowed = 1e-5 if ours.dtype == torch.float32 else 2e-3
+    allowed = max(allowed, 2 * relative_error(theirs, exact))
+    assert relative_error(ours, exact) <= allowed
 
 
 @pytest.mark.parametrize("slots_per_pass", [0, 256])
@@ -99,10 +101,10 @@ def test_forward_of_a_chunk_writes_its_rows_alone(
                 *(y, None if slots_per_pass else z),
             )
         assert is_untouched(y, mine)
-        assert_close_to(whole, y, theirs[0], exact[0], mine)
+        assert_close_to(y, theirs[0], exact[0], mine)
         if not slots_per_pass:
             assert is_untouched(z, mine)
-            assert_close_to(whole, z, theirs[1], exact[1], mine)
+            assert_close_to(z, theirs[1], exact[1], mine)
 
 
 @pytest.mark.parametrize("has_z", [True, False])
@@ -125,14 +127,14 @@ def test_gradients_of_chunks_and_then_of_the_weights_are_those_of_all_rows(
             )
         for ours, other, reference in zip(of_rows, theirs[:2], exact[:2], strict=True):
             assert is_untouched(ours, mine)
-            assert_close_to(whole, ours, other, reference, mine)
+            assert_close_to(ours, other, reference, mine)
     assert is_untouched(grad_z, whole.owned()) and is_untouched(activation, whole.owned())
     with poisoned_memory():
         of_weights = operators.expert_mlp_weight_grads(
             *(whole.grad_y, whole.rows, grad_z, activation), *whole.segments(0)[:3], 0.5
         )
     for ours, other, reference in zip(of_weights, theirs[2:], exact[2:], strict=True):
-        assert_close_to(whole, ours, other, reference)
+        assert_close_to(ours, other, reference)
 
 
 @pytest.mark.parametrize("slots_per_pass", [0, 256])
@@ -149,6 +151,6 @@ def test_backward_of_all_chunks_at_once_is_that_of_all_rows(
         )
     for ours, other, reference in zip(of_rows, theirs[:2], exact[:2], strict=True):
         assert is_untouched(ours, whole.owned())
-        assert_close_to(whole, ours, other, reference, whole.owned())
+        assert_close_to(ours, other, reference, whole.owned())
     for ours, other, reference in zip(of_weights, theirs[2:], exact[2:], strict=True):
-        assert_close_to(whole, ours, other, reference)
+        assert_close_to(ours, other, reference)

@@ -143,7 +143,7 @@ SWIGLU_CASES = [
 @pytest.mark.parametrize("case", SWIGLU_CASES, ids=str)
 def test_swiglu_gradient_behind_the_gemm_equals_autograd(case: GemmCase, is_fused: bool) -> None:
     """Both forms, with NaN in rows that nobody owns."""
-    if torch.cuda.get_device_capability() != (9, 0):
+    if is_fused and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the epilogue is Hopper's")
     inputs = operands_of(case, "NN")
     owned = inputs.bounds[-1]
@@ -161,7 +161,7 @@ def test_swiglu_gradient_behind_the_gemm_equals_autograd(case: GemmCase, is_fuse
     for found, theirs, wanted in zip(ours, peer, exact, strict=True):
         if owned == 0:
             continue
-        allowed = max(2 * relative_error(theirs, wanted), 4e-3)
+        allowed = max(2 * relative_error(theirs, wanted), 2e-3)
         assert relative_error(found[:owned], wanted) <= allowed
 
 

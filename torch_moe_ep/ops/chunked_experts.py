@@ -89,8 +89,7 @@ def _chunked_experts_forward_fake(
     keep_rows: bool,
     keep_gate_up: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_slots = capacity or torch.library.get_ctx().new_dynamic_size()
-    num_kept = num_slots if keep_rows else 0
+    num_kept = (capacity or torch.library.get_ctx().new_dynamic_size()) if keep_rows else 0
     num_z = num_kept if keep_gate_up and slots_per_pass <= 0 else 0
     return (
         x.new_empty(x.shape),
