@@ -8,6 +8,7 @@ in all, and every figure is also given as a ratio to a dense GEMM that takes par
 import argparse
 import datetime
 import json
+import math
 import shlex
 import statistics
 import subprocess
@@ -65,6 +66,7 @@ def time_turn_about(
     *,
     min_seconds: float = 1.0,
     turns: int = 5,
+    lead_in: float | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[Timing]:
     """Time candidates in alternation.
@@ -72,7 +74,9 @@ def time_turn_about(
     Each candidate runs once to warm up and once to learn how long it takes; then in each turn
     every candidate runs often enough that all its turns together last `min_seconds`. On a GPU the
     first candidate runs for as long before the first turn: a card that has not reached its power
-    limit yet shows rates that it does not keep.
+    limit yet shows rates that it does not keep. Each candidate also runs unmeasured right before
+    what is measured of it, `lead_in` times as often (default 0.5, on a CPU 0): a card at its power
+    limit runs on for a while at the clock that the candidate before it left.
 
     With a `group` its ranks time together (collective): they agree on the number of runs and meet
     before each turn; each returns its own rates.
@@ -91,11 +95,15 @@ def time_turn_about(
         runs_per_turn = agreed[0]
     if device.type == "cuda":
         _seconds(candidates[0].run, runs_per_turn[0] * turns, device)
+    if lead_in is None:
+        lead_in = 0.5 if device.type == "cuda" else 0.0
     rates: list[list[float]] = [[] for _ in candidates]
     for _ in range(turns):
         for candidate, num_runs, found in zip(candidates, runs_per_turn, rates, strict=True):
             if group is not None:
                 dist.barrier(group)
+            for _ in range(math.ceil(num_runs * lead_in)):
+                candidate.run()
             found.append(candidate.work * num_runs / _seconds(candidate.run, num_runs, device))
     return [
         Timing(candidate, tuple(found), num_runs * turns)

@@ -57,6 +57,20 @@ def test_timing_alternates_candidates_and_covers_min_seconds() -> None:
     assert rows[0]["ratio_to_dense"] == 1.0
 
 
+def test_a_candidate_leads_in_before_it_is_measured() -> None:
+    """As often as asked, and these runs are not counted."""
+    calls: list[str] = []
+    candidates = [
+        common.Candidate(name, lambda name=name: calls.append(name), 1.0)  # type: ignore[misc]
+        for name in ("a", "b")
+    ]
+    timings = common.time_turn_about(
+        candidates, torch.device("cpu"), min_seconds=0.0, turns=2, lead_in=2.0
+    )
+    assert calls[4:] == ["a", "a", "a", "b", "b", "b"] * 2
+    assert [timing.runs for timing in timings] == [2, 2]
+
+
 def test_result_file_has_the_fixed_fields_and_merges(tmp_path: Path) -> None:
     """A second run from the same commit replaces equal rows and keeps the others."""
     path = tmp_path / "results.json"
