@@ -48,25 +48,24 @@ def _machine(result: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """A line for each case and unit, a column for each candidate; a line for each row if many."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    if len(names) > MAX_COLUMNS:
-        lines = [[row["case"], row["name"], _value(row, with_unit=True)] for row in rows]
-        return _markdown(["case", "candidate", "value"], lines)
-    cells = {(row["case"], row["unit"], row["name"]): _value(row) for row in rows}
-    keys = dict.fromkeys((row["case"], row["unit"]) for row in rows)
-    lines = [[*key, *(cells.get((*key, name), "") for name in names)] for key in keys]
-    return _markdown(["case", "unit", *names], lines)
+    """A line for each case and unit, a column for each candidate; if many, the other way round."""
+    is_wide = len({row["name"] for row in rows}) > MAX_COLUMNS
+    down, across = ("name", "unit") if is_wide else ("unit", "name")
+    heads = list(dict.fromkeys(row[across] for row in rows))
+    cells = {(row["case"], row[down], row[across]): _value(row) for row in rows}
+    keys = dict.fromkeys((row["case"], row[down]) for row in rows)
+    lines = [[*key, *(cells.get((*key, head), "") for head in heads)] for key in keys]
+    return _markdown(["case", "candidate" if is_wide else "unit", *heads], lines)
 
 
-def _value(row: dict[str, Any], *, with_unit: bool = False) -> str:
+def _value(row: dict[str, Any]) -> str:
     """A row's value, and in brackets its ratio to what the benchmark compares with."""
-    value, unit = row["value"], f" {row['unit']}" if with_unit else ""
+    value = row["value"]
     if not isinstance(value, int | float):
         return str(value)
     ratios = [ratio for key, ratio in row.items() if key.startswith("ratio_to_")]
     text = f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{text}{unit} ({ratios[0]:.2f})" if ratios and ratios[0] is not None else text + unit
+    return f"{text} ({ratios[0]:.2f})" if ratios and ratios[0] is not None else text
 
 
 def _markdown(heads: list[str], lines: list[list[str]]) -> str:

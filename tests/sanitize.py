@@ -192,12 +192,14 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each tool")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<date>-...json")
-    parser.add_argument("--logs", type=Path, help="folder for what the tools printed")
+    parser.add_argument("--logs", type=Path, help="made if need be; what tools printed")
     parser.add_argument("--commit", default="", help="where there is no git checkout")
     parser.add_argument("--cases_for", choices=TOOLS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cases_for:
         return run_cases(arguments.cases_for)
+    if arguments.logs:
+        arguments.logs.mkdir(parents=True, exist_ok=True)
     is_clean = True
     with tempfile.TemporaryDirectory() as folder:
         program = build_faults(folder)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests import sanitize
@@ -94,3 +98,23 @@ def test_planted_fault_decides_whether_a_tool_is_believed(
     row = sanitize.planted_row("memcheck", "program", 9.0)
     assert row["is_clean"] is is_clean
     assert message in row["message"]
+
+
+def test_logs_go_to_a_folder_that_did_not_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole run of two tools, each of which finds its planted fault and nothing else."""
+    planted = "========= Invalid __global__ write of size 4\n=== at planted_write()"
+
+    def run_under(_tool: str, command: list[str], *_: object) -> sanitize.Report:
+        return sanitize.Report(planted if command[0] == "faults" else CLEAN, 1.0)
+
+    monkeypatch.setattr(sanitize, "build_faults", lambda _: "faults")
+    monkeypatch.setattr(sanitize, "run_under", run_under)
+    folder, output = tmp_path / "logs" / "today", tmp_path / "sanitizer.json"
+    tools = ["memcheck", "synccheck"]
+    options = ["--tools", *tools, "--logs", str(folder), "--output", str(output), "--commit", "c"]
+    monkeypatch.setattr(sys, "argv", ["sanitize", *options])
+    assert sanitize.main() == 0
+    assert [(folder / f"{tool}.log").read_text() for tool in tools] == [CLEAN] * 2
+    assert [row["is_clean"] for row in json.loads(output.read_text())["rows"][::4]] == [True] * 2
