@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from torch_moe_ep.ops.plan import CUDA_ROW_ALIGNMENT
+from torch_moe_ep.ops.plan import _group_size, flag_on, row_alignment_on
 
 _NodePlanTensors = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
@@ -94,10 +94,8 @@ def node_plan(
     Collective over the group (one all-gather of E + M numbers, then 4 K bytes of expert ids with
     each row of hop 1), one host sync on CUDA. Deterministic; not differentiable.
     """
-    if row_alignment is None:
-        row_alignment = 1 if expert_ids.device.type == "cpu" else CUDA_ROW_ALIGNMENT
-    if invalid_flag is None:
-        invalid_flag = torch.zeros(1, dtype=torch.int32, device=expert_ids.device)
+    row_alignment = row_alignment_on(expert_ids.device, row_alignment)
+    invalid_flag = flag_on(expert_ids.device, invalid_flag)
     tensors: _NodePlanTensors = torch.ops.torch_moe_ep.node_plan(
         expert_ids,
         num_experts,
@@ -155,9 +153,7 @@ def _node_plan_fake(
     invalid_flag: torch.Tensor,
     bytes_sent: torch.Tensor | None = None,
 ) -> _NodePlanTensors:
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    num_ranks: int = _resolve_process_group(group_name).size()  # type: ignore[arg-type]
+    num_ranks = _group_size(group_name)
     num_nodes = num_ranks // ranks_per_node
     sizes = torch.library.get_ctx()
     return (

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from torch_moe_ep.ops.plan import CUDA_ROW_ALIGNMENT
+from torch_moe_ep.ops.plan import CUDA_ROW_ALIGNMENT, _group_size, flag_on
 
 _PeerPlanTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -87,11 +87,6 @@ def peer_plan(
     that: with a capacity no host sync, and a CUDA graph can hold it; without one the host waits
     for a counter that the device writes to its memory. Deterministic; not differentiable.
     """
-    device = expert_ids.device
-    if invalid_flag is None:
-        invalid_flag = torch.zeros(1, dtype=torch.int32, device=device)
-    if slots_needed is None:
-        slots_needed = torch.zeros(1, dtype=torch.int64, device=device)
     tensors: _PeerPlanTensors = torch.ops.torch_moe_ep.peer_plan(
         expert_ids,
         num_experts,
@@ -99,8 +94,8 @@ def peer_plan(
         max_rows,
         capacity,
         group_name,
-        invalid_flag,
-        slots_needed,
+        flag_on(expert_ids.device, invalid_flag),
+        flag_on(expert_ids.device, slots_needed, torch.int64),
     )
     return PeerPlan(*tensors, expert_ids.size(1), row_alignment, capacity, num_sms, group_name)
 
@@ -148,9 +143,7 @@ def _peer_plan_fake(
     invalid_flag: torch.Tensor,
     slots_needed: torch.Tensor,
 ) -> _PeerPlanTensors:
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    num_ranks: int = _resolve_process_group(group_name).size()  # type: ignore[arg-type]
+    num_ranks = _group_size(group_name)
     return (
         expert_ids.new_empty(expert_ids.numel()),
         expert_ids.new_empty(num_experts // num_ranks + 1),

@@ -3,7 +3,7 @@
 import torch
 
 from torch_moe_ep.ops.peer_dispatch import NUM_SMS
-from torch_moe_ep.ops.plan import CUDA_ROW_ALIGNMENT, _group_size
+from torch_moe_ep.ops.plan import CUDA_ROW_ALIGNMENT, _group_size, flag_on
 from torch_moe_ep.ops.plan_chunks import ChunkPlan
 
 _PeerChunkTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -50,11 +50,6 @@ def peer_plan_chunks(
     Collective over the group, host syncs and first call as in `peer_plan`. Deterministic; not
     differentiable.
     """
-    device = expert_ids.device
-    if invalid_flag is None:
-        invalid_flag = torch.zeros(1, dtype=torch.int32, device=device)
-    if slots_needed is None:
-        slots_needed = torch.zeros(1, dtype=torch.int64, device=device)
     tensors: _PeerChunkTensors = torch.ops.torch_moe_ep.peer_plan_chunks(
         expert_ids,
         num_experts,
@@ -63,8 +58,8 @@ def peer_plan_chunks(
         max_rows,
         capacity,
         group_name,
-        invalid_flag,
-        slots_needed,
+        flag_on(expert_ids.device, invalid_flag),
+        flag_on(expert_ids.device, slots_needed, torch.int64),
     )
     slot_of_copy, segment_offsets, counts, host_counts = tensors
     return ChunkPlan(

@@ -158,10 +158,8 @@ def _plan(
     x: torch.Tensor | None,
     weights: torch.Tensor | None,
 ) -> tuple[DispatchPlan, SendBuffer]:
-    if row_alignment is None:
-        row_alignment = 1 if expert_ids.device.type == "cpu" else CUDA_ROW_ALIGNMENT
-    if invalid_flag is None:
-        invalid_flag = torch.zeros(1, dtype=torch.int32, device=expert_ids.device)
+    row_alignment = row_alignment_on(expert_ids.device, row_alignment)
+    invalid_flag = flag_on(expert_ids.device, invalid_flag)
     tensors: _PlanTensors = torch.ops.torch_moe_ep.plan(
         expert_ids, num_experts, row_alignment, max_rows, group_name, invalid_flag, x, weights
     )
@@ -213,6 +211,20 @@ def num_slots_fake(counts: torch.Tensor, num_copies: int, row_alignment: int, gr
         return cast("int", torch.library.get_ctx().new_dynamic_size())
     num_experts = counts.size(1)
     return (num_copies + num_experts * (row_alignment - 1)) // row_alignment * row_alignment
+
+
+def row_alignment_on(device: torch.device, given: int | None) -> int:
+    """Rows that a segment is padded to a multiple of: the caller's number, or the device's own."""
+    if given is not None:
+        return given
+    return 1 if device.type == "cpu" else CUDA_ROW_ALIGNMENT
+
+
+def flag_on(
+    device: torch.device, given: torch.Tensor | None, dtype: torch.dtype = torch.int32
+) -> torch.Tensor:
+    """The caller's flag, or a fresh one that nobody reads."""
+    return torch.zeros(1, dtype=dtype, device=device) if given is None else given
 
 
 def _group_size(group_name: str) -> int:

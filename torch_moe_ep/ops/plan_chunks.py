@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from torch_moe_ep.ops.plan import CUDA_ROW_ALIGNMENT, SendBuffer, _group_size
+from torch_moe_ep.ops.plan import SendBuffer, _group_size, flag_on, row_alignment_on
 
 _ChunkPlanTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -80,10 +80,8 @@ def plan_chunks(
     Collective over the group (one all-gather of C E numbers), one host sync on CUDA. Deterministic;
     not differentiable.
     """
-    if row_alignment is None:
-        row_alignment = 1 if expert_ids.device.type == "cpu" else CUDA_ROW_ALIGNMENT
-    if invalid_flag is None:
-        invalid_flag = torch.zeros(1, dtype=torch.int32, device=expert_ids.device)
+    row_alignment = row_alignment_on(expert_ids.device, row_alignment)
+    invalid_flag = flag_on(expert_ids.device, invalid_flag)
     tensors: _ChunkPlanTensors = torch.ops.torch_moe_ep.plan_chunks(
         expert_ids,
         num_experts,
