@@ -1,6 +1,7 @@
 """Ranks of one machine that play nodes, and their tokens."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,3 +64,20 @@ def remote_nodes_of(ids: torch.Tensor, split: Split) -> int:
     own = dist.get_rank() // split.per_node
     nodes = ids // (NUM_EXPERTS // split.num_nodes)
     return sum(len(set(row) - {own}) for row in nodes.tolist())
+
+
+@contextlib.contextmanager
+def lines_logged() -> Iterator[list[str]]:
+    """What the package logs at INFO or above on this rank."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torch_moe_ep")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -89,7 +89,8 @@ def test_rank_that_stays_away_from_backward_is_named(hooked_ranks):
 def message_of_sizes(which: str) -> str:
     """The message on this rank when ranks disagree about a size; sizes of 4 bytes an element.
 
-    Compared before the start: gloo ends a process that is sent more than it expects.
+    Compared before the start: gloo ends a process that is sent more than it expects, and takes
+    less in silence.
     """
     rank = dist.get_rank()
     hooks.configure(check_sizes=True)
@@ -98,6 +99,13 @@ def message_of_sizes(which: str) -> str:
         if which == "all_gather":
             own = torch.ones(4 if rank == 0 else 6)
             dist.all_gather_into_tensor(own.new_empty(2 * own.numel()), own)
+        elif which in ("more than counted", "fewer than counted"):
+            # Rank 1 sends a copy to rank 0 that it has not counted, or keeps one that it has.
+            more = 1 if which == "more than counted" else -1
+            ids = torch.tensor([[0, 7]]).expand(3, 2)
+            plan = ops.plan(ids, 8, group_name=dist.group.WORLD.group_name)
+            plan.host_counts[rank] += rank * torch.tensor([more, 0, 0, 0, 0, 0, 0, -more])
+            ops.dispatch(torch.randn(3, 16), None, plan)
         elif which == "all_to_all":
             # Rank 0 sends five to rank 1, which expects three.
             sends, receives = ([1, 5], [1, 2]) if rank == 0 else ([2, 1], [3, 1])
@@ -125,6 +133,10 @@ def message_of_sizes(which: str) -> str:
                         "rank 0 sends 16 bytes where 24 are expected"]),
         ("all_to_all", ["rank 1 has room for 12 bytes where 20 are expected",
                         "rank 0 sends this rank 20 bytes where 12 are expected"]),
+        ("more than counted", ["rank 1 sends this rank 256 bytes where 192 are expected",
+                               "rank 0 has room for 192 bytes where 256 are expected"]),
+        ("fewer than counted", ["rank 1 sends this rank 128 bytes where 192 are expected",
+                                "rank 0 has room for 192 bytes where 128 are expected"]),
         ("operation", ["rank 1 has #2 (all-gather of Float, 16 bytes sent, 32 received) in its",
                        "rank 0 has #2 (all-reduce of Float, 16 bytes sent, 16 received) in its"]),
     ],

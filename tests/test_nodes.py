@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from node_cases import HIDDEN, NUM_EXPERTS, SPLITS, ranks_per_node, tokens_of_rank
+from node_cases import HIDDEN, NUM_EXPERTS, SPLITS, lines_logged, ranks_per_node, tokens_of_rank
 from parallel_cases import UNEVEN, Run, backward, bfloat16_errors, build, reference_of
 
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh, metrics
@@ -205,6 +205,21 @@ def chosen_on(hosts: list[str], config: dict, text: str = "") -> int | str:
 )
 def test_nodes_are_detected_by_host_unless_overridden(ranks, hosts, config, text, chosen):
     assert ranks(4).run(chosen_on, list(hosts), config, text) == [chosen] * 4
+
+
+def choice_logged(hosts: list[str]) -> list[str]:
+    with lines_logged() as lines:
+        chosen_on(hosts, {})
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("hosts", "choice"),
+    [("aabb", "hierarchical, 2 nodes of 2 ranks"), ("aaaa", "collective, one all-to-all")],
+)
+def test_choice_is_logged_once_by_rank_0(ranks, hosts, choice):
+    said = ranks(4).run(choice_logged, list(hosts))
+    assert said == [[f"transport: {choice} in an expert-parallel group"], [], [], []]
 
 
 def test_uneven_nodes_are_refused_on_every_rank_where_asked_for(ranks):

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from node_cases import lines_logged
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils.checkpoint import checkpoint
 
@@ -90,6 +91,17 @@ def test_auto_takes_peers_where_each_rank_has_a_gpu_of_its_own(
     ranks, gpus, config, ranks_per_node, chosen
 ):
     assert ranks(2).run(chosen_with, list(gpus), config, ranks_per_node) == [chosen] * 2
+
+
+def choice_logged(gpus: list[str]) -> list[str]:
+    with lines_logged() as lines:
+        chosen_with(gpus, {}, "")
+    return lines
+
+
+def test_choice_of_peers_is_logged_once_by_rank_0(ranks):
+    choice = 'transport: peer, budget="exact", 2 GPUs of an expert-parallel group map each other'
+    assert ranks(2).run(choice_logged, list("ab")) == [[choice], []]
 
 
 def message_on_the_cpu() -> tuple[str, bool]:

@@ -233,7 +233,8 @@ def message_on_rank(rank: int, case: str, odd_rank: int) -> str:
     if case == "meta" and rank == odd_rank:
         with torch.device("meta"):
             model = tiny_mixtral()
-    config = MoEConfig(gradient="sum") if case == "config" and rank == odd_rank else None
+    fields = {"config": {"gradient": "sum"}, "capacity": {"max_received_rows": 256}}.get(case)
+    config = MoEConfig(**fields) if fields and rank == odd_rank else None
     with pytest.raises(ValueError) as error:
         apply_expert_parallel(
             model.bfloat16() if case == "dtype" and rank == odd_rank else model,
@@ -259,6 +260,7 @@ def message_on_rank(rank: int, case: str, odd_rank: int) -> str:
             "layers.0.mlp.experts.gate_up_proj: torch.float32 and torch.bfloat16",
         ),
         ("config", 0, "ranks 0 and 1 differ in MoEConfig.gradient: 'sum' and 'mean'"),
+        ("capacity", 1, "ranks 0 and 1 differ in MoEConfig.max_received_rows: 0 and 256"),
         ("meta", 1, "on the meta device on ranks [1] only; pass sync_from_rank0=True"),
         ("meta", 0, "sync_from_rank0=True needs rank 0's experts"),
     ],

@@ -1,8 +1,11 @@
 """The collective transport when a rank is at fault: every other one raises and names it."""
 
+import contextlib
 import os
 import socket
 import time
+from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -97,6 +100,47 @@ def test_rank_that_dies_in_a_stage_is_named_by_the_other(ranks, stage, batches_b
         )
     assert "failed on global rank 0" in caught.value.results[0]
     assert "global ranks that did not take part: 1 " in caught.value.results[0]
+
+
+def message_when_the_partner_raises(stage_of_group: list[str]) -> str:
+    """In each EP group of two the second rank raises in the group's stage and stays alive."""
+    os.environ["TORCH_MOE_EP_TIMEOUT_S"] = str(TIMEOUT_S)
+    model = apply_expert_parallel(LoneExperts(), init_device_mesh("cpu", 2))
+    group, place = divmod(dist.get_rank(), 2)
+    raises = mock.Mock(side_effect=RuntimeError("a mistake of this rank's"))
+    broken = mock.patch.object(ops, stage_of_group[group], raises)
+    try:
+        with broken if place == 1 else contextlib.nullcontext(), pytest.raises(RuntimeError) as e:
+            model(torch.randn(3, 16), *random_routing(3, 2, 8))
+        return str(e.value)
+    finally:
+        del os.environ["TORCH_MOE_EP_TIMEOUT_S"]
+
+
+@pytest.mark.parametrize(
+    "stages", [["plan_and_pack", "dispatch"], ["expert_mlp", "combine"]], ids="-".join
+)
+def test_rank_that_raises_in_a_stage_is_named_by_the_other(ranks, stages):
+    said = ranks(4).run(message_when_the_partner_raises, stages, timeout_s=60)
+    for first in (0, 2):
+        assert f"failed on global rank {first}; " in said[first]
+        assert f"global ranks that did not take part: {first + 1} " in said[first]
+        assert said[first + 1] == "a mistake of this rank's"
+
+
+def message_within_the_groups_own_time_out() -> str:
+    """What rank 0 says whose partner stays away from a group with a time-out of 1.25 s."""
+    group = dist.new_group(timeout=timedelta(seconds=1.25))
+    if dist.get_rank() == 1:
+        return ""
+    with pytest.raises(RuntimeError) as caught:
+        ops.plan(torch.zeros(2, 1, dtype=torch.int64), 4, group_name=group.group_name)
+    return str(caught.value)
+
+
+def test_time_out_is_four_fifths_of_the_process_groups(ranks):
+    said, _ = ranks(2).run(message_within_the_groups_own_time_out, timeout_s=30)
+    assert "global ranks that did not take part: 1 " in said and "1000ms" in said
 
 
 def message_when_the_store_dies(port: int) -> str:
