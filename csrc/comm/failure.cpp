@@ -14,11 +14,11 @@
 #include <vector>
 
 #include "comm/hooks/attach.h"
+#include "comm/timeout.h"
 
 namespace torch_moe_ep::comm {
 namespace {
 
-constexpr std::chrono::milliseconds kGrace(3000);
 constexpr std::string_view kOurs = "torch_moe_ep: ";
 
 std::string key_of(int64_t group_rank) {
@@ -27,11 +27,11 @@ std::string key_of(int64_t group_rank) {
 
 using StorePtr = c10::intrusive_ptr<c10d::Store>;
 
-// Group ranks that did not give up within the grace.
+// Group ranks that did not give up within the time to name them.
 std::vector<int64_t> silent_ranks(c10d::ProcessGroup& group, const StorePtr& store) {
   TORCH_CHECK(store, "the group has no store");
   store->set(key_of(group.getRank()), std::string("1"));
-  std::this_thread::sleep_for(kGrace);
+  std::this_thread::sleep_for(kTimeToName);
   std::vector<int64_t> silent;
   for (int64_t rank = 0; rank < group.getSize(); ++rank) {
     if (!store->check({key_of(rank)})) silent.push_back(rank);

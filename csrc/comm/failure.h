@@ -13,8 +13,8 @@ namespace torch_moe_ep::comm {
 // the same collective, and what the backend said.
 //
 // Costs nothing until something fails: a rank that gives up says so in the group's store, waits
-// kGrace for the others to say the same, and names those that did not. A rank that is dead, stuck
-// elsewhere or slower than the time-out by more than the grace is among them. Where the group has
+// kTimeToName for the others to say the same, and names those that did not. A rank that is dead,
+// stuck elsewhere or slower than the time-out by more than that is among them. Where the group has
 // hooks (hooks/), what they found takes the place of that.
 [[noreturn]] void raise_failure(const std::string& operation,
                                 c10d::ProcessGroup& group,
