@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh as init_torch_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.profiler import ProfilerActivity, profile
 
 from torch_moe_ep import apply_expert_parallel, init_device_mesh, set_fsdp_all_gather
@@ -49,6 +51,37 @@ def test_copies_give_the_bits_of_nccl_without_its_kernels(gpu_ranks, kind):
     # What is left is not FSDP2's: the experts' gathers of counts have one rank here.
     assert num_nccl > 0
     assert num_left == 0
+
+
+def gradients_in_zero_cta_groups(kind: str):
+    """Of a model whose FSDP2 group was made with NCCL's zero-CTA policy; what was set."""
+    torch.cuda.set_device(dist.get_rank())
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO
+    mesh = init_torch_mesh(
+        "cuda", (2,), mesh_dim_names=("fsdp",), backend_override={"fsdp": ("nccl", options)}
+    )
+    model = tiny_mixtral().cuda()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found = "default" if kind == "default" else set_fsdp_all_gather(model, kind)
+    batch = {name: value.cuda() for name, value in batch_of(dist.get_rank()).items()}
+    for _ in range(2):
+        model.zero_grad()
+        model(**batch).loss.backward()
+    return found, from_rank0(full_gradients(model))
+
+
+@needs_two
+@pytest.mark.parametrize("kind", ["nccl", "auto"])
+def test_group_with_the_zero_cta_policy_gives_the_bits_of_one_without_choice(gpu_ranks, kind):
+    _, expected = gpu_ranks(2).run(gradients_in_zero_cta_groups, "default", timeout_s=TIMEOUT_S)[0]
+    found, gradients = gpu_ranks(2).run(gradients_in_zero_cta_groups, kind, timeout_s=TIMEOUT_S)[0]
+    # Whether torch registers the memory so that NCCL takes no SM differs by version.
+    assert found in {"nccl": ("nccl", "default"), "auto": ("nccl", "copy_engine")}[kind]
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient), name
 
 
 def of_ranks_that_share_a_gpu() -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from torch_moe_ep import apply_expert_parallel, hooks, init_device_mesh
@@ -76,35 +78,55 @@ def test_hooks_leave_gradients_alone_and_time_every_stage(pools, world_size):
             assert by_stage[stage].milliseconds > 0
 
 
-def host_waits_and_records() -> tuple[int, int, int]:
-    """Host waits of a layer's forward and backward, and event records added by hooks."""
+class Costs(NamedTuple):
+    """What one forward and backward of a layer did."""
+
+    host_waits: tuple[int, int]  # forward, backward
+    launches: int  # kernels, copies and fills
+    event_records: int
+    hooked_calls: int
+
+
+def costs_of_a_layer() -> Costs:
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", dist.get_world_size())
     experts = apply_expert_parallel(LoneExperts().cuda().bfloat16(), mesh, COLLECTIVE)
     x = torch.randn(300 + rank, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     ids, weights = random_routing(300 + rank, 2, 8)
     ids, weights = ids.cuda(), weights.cuda()
-    found = (0, 0, 0)
     for _ in range(3):  # the first runs build communicators, events and the order of a step
         torch.cuda.synchronize()
+        calls_before = num_hooked_calls()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as forward:
             output = experts(x, ids, weights)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as backward:
             output.sum().backward()
-        names = [event.name for event in [*forward.events(), *backward.events()]]
-        records = sum(name.startswith("cudaEventRecord") for name in names)
-        found = (num_host_waits(forward), num_host_waits(backward), records)
+            torch.cuda.synchronize()
+        events = [*forward.events(), *backward.events()]
+        found = Costs(
+            (num_host_waits(forward), num_host_waits(backward)),
+            sum(event.device_type == DeviceType.CUDA for event in events),
+            sum(event.name.startswith("cudaEventRecord") for event in events),
+            num_hooked_calls() - calls_before,
+        )
     return found
 
 
-def test_hooks_add_two_event_records_a_call_and_no_host_wait(pools):
-    plain = pools("nccl", 2).run(host_waits_and_records, timeout_s=TIMEOUT_S)
-    hooked = pools("torch_moe_ep_nccl", 2).run(host_waits_and_records, timeout_s=TIMEOUT_S)
-    for (forward, backward, records), with_hooks in zip(plain, hooked, strict=True):
-        assert with_hooks[:2] == (forward, backward)
-        # The counts; rows and weights out; rows back; and in backward rows, rows and weights. The
-        # gathers of the experts' weights over one rank are calls of their own.
-        assert with_hooks[2] - records >= 2 * 7
+def num_hooked_calls() -> int:
+    return sum(row.calls for row in traffic())
+
+
+def test_hooks_add_two_event_records_a_call_no_launch_and_no_host_wait(pools):
+    plain = pools("nccl", 2).run(costs_of_a_layer, timeout_s=TIMEOUT_S)
+    hooked = pools("torch_moe_ep_nccl", 2).run(costs_of_a_layer, timeout_s=TIMEOUT_S)
+    for without, with_hooks in zip(plain, hooked, strict=True):
+        assert without.hooked_calls == 0
+        # The counts; rows and weights out; rows back; and in backward rows, rows and weights.
+        assert with_hooks.hooked_calls >= 7
+        assert with_hooks.host_waits == without.host_waits
+        assert with_hooks.launches == without.launches
+        added = with_hooks.event_records - without.event_records
+        assert added == 2 * with_hooks.hooked_calls
 
 
 def message_without_the_last_rank() -> str:
