@@ -13,7 +13,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -270,19 +269,23 @@ def test_peer_overflow_raises_on_every_rank_before_parameters_change(
 def captured_layer() -> list[str]:
     """Where replays of a captured layer, forward and backward, differ from running it."""
     rank = share_the_gpu()
-    mesh = init_device_mesh("cuda", dist.get_world_size())
-    model = LoneExperts(8, hidden=128, width=256).cuda().bfloat16()
-    experts = apply_expert_parallel(model, mesh, MoEConfig(**BOUNDED))
-    x = normal(200, 128, dtype=torch.bfloat16, seed=rank).cuda().requires_grad_()
-    weights = torch.rand(200, 2, device="cuda").requires_grad_()
-    ids = random_routing(200, 2, 8, seed=rank)[0].cuda()
-    grad = normal(200, 128, dtype=torch.bfloat16, seed=rank + 7).cuda()
-    leaves = {"x": x, "weights": weights, **dict(experts.named_parameters())}
+    name = dist.group.WORLD.group_name
+    hidden, width, tokens, local = 128, 256, 200, 8 // dist.get_world_size()
+    dtype = torch.bfloat16
+    x = normal(tokens, hidden, dtype=dtype, seed=rank).cuda().requires_grad_()
+    weights = torch.rand(tokens, 2, device="cuda").requires_grad_()
+    gate_up = normal(local, 2 * width, hidden, dtype=dtype, seed=1, scale=0.1).cuda()
+    down = normal(local, hidden, width, dtype=dtype, seed=2, scale=0.1).cuda()
+    gate_up.requires_grad_(), down.requires_grad_()
+    ids = random_routing(tokens, 2, 8, seed=rank)[0].cuda()
+    grad = normal(tokens, hidden, dtype=dtype, seed=rank + 7).cuda()
+    leaves = [x, weights, gate_up, down]
 
-    def layer() -> dict[str, torch.Tensor]:
-        y = experts(x, ids, weights)
-        grads = torch.autograd.grad(y, list(leaves.values()), grad)
-        return {"y": y.detach(), **dict(zip(leaves, map(local_part, grads), strict=True))}
+    def layer() -> list[torch.Tensor]:
+        plan = ops.peer_plan(ids, 8, group_name=name, capacity=1024)
+        rows, row_weights = ops.peer_dispatch(x, weights, plan)
+        y = ops.peer_combine(ops.expert_mlp(rows, row_weights, plan, gate_up, down), plan)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -294,18 +297,18 @@ def captured_layer() -> list[str]:
         ours = layer()
     found = []
     for step in range(3):
-        ids.copy_(random_routing(200, 2, 8, seed=10 * step + rank)[0])
+        ids.copy_(random_routing(tokens, 2, 8, seed=10 * step + rank)[0])
         graph.replay()
         torch.cuda.synchronize()
-        replayed = {key: tensor.clone() for key, tensor in ours.items()}
-        for key, expected in layer().items():
-            if not torch.equal(replayed[key], expected):
-                found.append(f"step {step}: {key}")
+        replayed = [tensor.clone() for tensor in ours]
+        expected = layer()
+        names = ("y", "x", "weights", "gate_up", "down")
+        found += [
+            f"step {step}: {key}"
+            for key, a, b in zip(names, replayed, expected, strict=True)
+            if not torch.equal(a, b)
+        ]
     return found
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def test_peer_layer_in_a_cuda_graph_replays_with_other_routings(gpu_ranks):
