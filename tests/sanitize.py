@@ -35,6 +35,8 @@ from benchmarks import common
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OURS = "torch_moe_ep"
 FAULTS = Path(__file__).with_name("planted_faults.cu")
+SHOWN_FINDINGS = 3
+SHOWN_CHARACTERS = 4000
 CASE_TABLE = "the small cases of tests/gpu"
 FILES = [
     f"tests/gpu/test_{name}.py"
@@ -85,12 +87,21 @@ class Report:
     text: str
     seconds: float
 
-    def findings(self, kernel: str) -> list[str]:
-        """The findings that name a kernel like this, the first line of each."""
+    def texts_of_findings(self, kernel: str) -> list[str]:
+        """The findings that name a kernel like this, whole."""
         starts = [match.start() for match in FINDING.finditer(self.text)]
         found = [self.text[a:b] for a, b in itertools.pairwise([*starts, len(self.text)])]
-        lines = [text.splitlines()[0] for text in found if kernel in text]
+        return [text for text in found if kernel in text]
+
+    def findings(self, kernel: str) -> list[str]:
+        """The first line of each."""
+        lines = [text.splitlines()[0] for text in self.texts_of_findings(kernel)]
         return [line.removeprefix("========= ")[:200] for line in lines]
+
+    def excerpt(self, kernel: str) -> str:
+        """What to read of a run that is not clean: the first findings, or how it ended."""
+        found = "".join(self.texts_of_findings(kernel)[:SHOWN_FINDINGS])
+        return found or self.text[-SHOWN_CHARACTERS:]
 
     @property
     def broke_off(self) -> str | None:
@@ -210,6 +221,8 @@ def main() -> int:
                 kernel = None if tool == "initcheck" else OURS
                 report = run_under(tool, child, kernel, arguments.timeout)
                 rows += case_rows(tool, report)
+                if not rows[-1]["is_clean"]:
+                    sys.stdout.write(report.excerpt(OURS) + "\n")
                 if arguments.logs:
                     (arguments.logs / f"{tool}.log").write_text(report.text)
             is_clean &= bool(rows[-1]["is_clean"])

@@ -49,6 +49,14 @@ def test_findings_are_counted_in_our_kernels_alone() -> None:
     assert row["message"] == "Invalid __global__ write of size 4 bytes"
 
 
+def test_what_is_shown_of_a_run_that_is_not_clean() -> None:
+    """The findings in our kernels, whole; without any, how the run ended."""
+    found = sanitize.Report(IN_OUR_KERNEL, 1.0).excerpt(sanitize.OURS)
+    assert "grouped_gemm_kernel(KernelArguments)+0x70" in found
+    assert "reduce_kernel" not in found
+    assert "1 failed, 168 errors" in sanitize.Report(BROKEN_OFF, 1.0).excerpt(sanitize.OURS)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
