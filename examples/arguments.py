@@ -1,7 +1,12 @@
 """The arguments of `examples.pretrain`; the names are those of the SMP v2 training scripts."""
 
 import argparse
+import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
+
+from torch_moe_ep import MoEConfig
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -17,7 +22,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     known, _ = parser.parse_known_args(argv)
     if known.quick:
         parser.set_defaults(max_steps=60, validation_freq=30, min_gain=0.2, name="quick")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.moe and arguments.expert_parallel_degree == 0:
+        parser.error("--moe is for expert-parallel experts; --expert_parallel_degree 0 has none.")
+    try:
+        arguments.moe = MoEConfig(**dict(arguments.moe))
+    except ValueError as error:
+        parser.error(f"--moe: {error}")
+    return arguments
+
+
+def _moe_option(word: str) -> tuple[str, Any]:
+    """Split NAME=VALUE; the value is a number, true or false, else a text."""
+    name, _, value = word.partition("=")
+    names = [field.name for field in fields(MoEConfig)]
+    if name not in names or not value:
+        raise argparse.ArgumentTypeError(
+            f"NAME=VALUE with a name of MoEConfig is wanted, got {word}; names: {', '.join(names)}"
+        )
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +105,14 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument(
         "--hybrid_shard_degree", type=int, default=0, help="S of the experts; 0 means W / P"
+    )
+    training.add_argument(
+        "--moe",
+        type=_moe_option,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="options of MoEConfig, such as num_chunks=2 transport=peer",
     )
     training.add_argument("--seed", type=int, default=12345, help="weights and order of the data")
     training.add_argument("--bf16", type=int, choices=(0, 1), help="by default 1 on GPUs, 0 on CPU")

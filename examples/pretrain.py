@@ -4,10 +4,10 @@
     python -m examples.pretrain --quick    # the same steps, few updates
     torchrun --nproc-per-node 4 -m examples.pretrain --expert_parallel_degree 4
 
-Everything but three lines is what a training script without expert parallelism has; those three
-name `torch_moe_ep`. Results: runs/<name>/ with report.html and its pictures, history.jsonl,
-experts.jsonl, tensorboard/, checkpoint/, hf/ (Hugging Face's layout) and sample.txt (text from that
-export).
+Model, loop and `fully_shard` are those of a script without expert parallelism; `shard_model` patches
+the experts, and `torch_moe_ep` clips, saves, loads and exports. Results: runs/<name>/ with
+report.html and its pictures, history.jsonl, experts.jsonl, tensorboard/, checkpoint/, hf/ (Hugging
+Face's layout) and sample.txt (text from that export).
 """
 
 import argparse
@@ -108,7 +108,7 @@ def shard_model(arguments: argparse.Namespace, model: MixtralForCausalLM, ranks:
         mesh = torch_moe_ep.init_device_mesh(
             ranks.device.type, degree, arguments.hybrid_shard_degree
         )
-        torch_moe_ep.apply_expert_parallel(model, mesh)
+        torch_moe_ep.apply_expert_parallel(model, mesh, arguments.moe)
     if arguments.activation_checkpointing:
         model.gradient_checkpointing_enable()
     use_bf16 = ranks.device.type == "cuda" if arguments.bf16 is None else bool(arguments.bf16)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,8 +79,13 @@ def test_pretrain_few_steps_writes_every_result(tmp_path: Path) -> None:
         "--validation_batches=1",
         "--min_gain=-10",
         "--device=cpu",
+        "--moe",
+        "num_chunks=2",
+        "z_loss_coeff=0.001",
         cwd=tmp_path,
     )
+    last = (tmp_path / "runs" / "tiny" / "experts.jsonl").read_text().splitlines()[-1]
+    assert '"z_loss"' in last  # --moe reached the routers
     results = {path.name for path in (tmp_path / "runs" / "tiny").iterdir()}
     wanted = {"loss.png", "expert_load.png", "checkpoint", "hf", "sample.txt", "tensorboard"}
     assert wanted <= results
@@ -211,3 +217,30 @@ def test_quick_only_changes_defaults() -> None:
     """`--quick` is overruled by what is asked for explicitly."""
     assert parse_arguments(["--quick"]).max_steps < parse_arguments([]).max_steps
     assert parse_arguments(["--quick", "--max_steps", "7"]).max_steps == 7
+
+
+def test_pretrain_moe_options_become_a_configuration() -> None:
+    """Numbers, booleans and texts as MoEConfig wants them; nothing gives its defaults."""
+    assert parse_arguments([]).moe == torch_moe_ep.MoEConfig()
+    words = ["num_chunks=2", "transport=collective", "global_token_shuffle=true", "routing=none"]
+    wanted = torch_moe_ep.MoEConfig(
+        num_chunks=2, transport="collective", global_token_shuffle=True, routing="none"
+    )
+    assert parse_arguments(["--moe", *words, "--max_steps=5"]).moe == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--moe", "num_chunk=2"], "a name of MoEConfig is wanted, got num_chunk=2; names: grad"),
+        (["--moe", "num_chunks"], "a name of MoEConfig is wanted, got num_chunks;"),
+        (["--moe", "transport=pigeon"], 'transport must be "auto" or .*, got .pigeon'),
+        (["--moe", "seed=1", "--expert_parallel_degree=0"], "--moe is for expert-parallel experts"),
+    ],
+)
+def test_pretrain_moe_options_that_do_not_fit_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(words)
+    assert re.search(message, capsys.readouterr().err)
