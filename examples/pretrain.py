@@ -4,8 +4,8 @@
     python -m examples.pretrain --quick    # the same steps, few updates
     torchrun --nproc-per-node 4 -m examples.pretrain --expert_parallel_degree 4
 
-Model, loop and `fully_shard` are those of a script without expert parallelism; `shard_model` patches
-the experts, and `torch_moe_ep` clips, saves, loads and exports. Results: runs/<name>/ with
+Model, loop and `fully_shard` are those of a script without expert parallelism; `shard_model`
+patches the experts, and `torch_moe_ep` clips, saves, loads and exports. Results: runs/<name>/ with
 report.html and its pictures, history.jsonl, experts.jsonl, tensorboard/, checkpoint/, hf/ (Hugging
 Face's layout) and sample.txt (text from that export).
 """

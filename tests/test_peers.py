@@ -3,7 +3,6 @@
 The transport itself runs on GPUs alone: tests/gpu/test_peer.py.
 """
 
-import json
 import os
 import weakref
 from unittest import mock
@@ -12,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from node_cases import lines_logged
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils.checkpoint import checkpoint
 
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
 from torch_moe_ep.parallel import peers
+from torch_moe_ep.parallel.agreement import leave_note
 from torch_moe_ep.parallel.flags import raise_if_flagged
 from torch_moe_ep.parallel.nodes import RANKS_PER_NODE
 from torch_moe_ep.peer_dispatch import bounded_capacity, rows_dispatched_again
@@ -67,7 +66,7 @@ def chosen_with(gpus: list[str], config: dict[str, str], ranks_per_node: str) ->
     """What this rank chooses where every rank has left a note of these GPUs of one host."""
     rank = dist.get_rank()
     own = note("h", gpus[rank], "".join(set(gpus) - {gpus[rank]}), may_share=True)
-    _get_default_store().set(peers._key(rank), json.dumps(own))
+    leave_note(peers.TOPIC, own)
     with mock.patch.dict(os.environ, {RANKS_PER_NODE: ranks_per_node}):
         return peers.uses_peers(MoEConfig(**config), 2)
 

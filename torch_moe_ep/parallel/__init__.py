@@ -16,7 +16,7 @@ Ranks form a grid ``(replicate, shard, ep)``. `apply_expert_parallel` (apply.py)
 
 and these serve the training loop: grad_norm.py and stock_clip.py (clipping), optimizer.py (step
 hooks, parameter groups), average.py (dense gradients without FSDP), initialize.py (weights),
-fsdp_all_gather.py (FSDP2's all-gather by copy engines).
+fsdp_all_gather.py and copy_engine.py (FSDP2's all-gather by copy engines).
 """
 
 from torch_moe_ep.parallel.apply import apply_expert_parallel

@@ -51,6 +51,29 @@ def agree(topic: str, note: Any, judge: Judge) -> None:
         _hear(store, key, topic)
 
 
+def leave_note(topic: str, note: Any) -> None:
+    """Leave what this rank has to say, of JSON's types, for `notes_of_group` of the others.
+
+    Local but for an entry of the store.
+    """
+    _get_default_store().set(_note_key(topic, dist.get_rank()), json.dumps(note))
+
+
+def notes_of_group(topic: str, ep_size: int) -> list[Any]:
+    """The notes of this rank's EP group, in rank order; reads the store.
+
+    Call after a collective that follows every rank's `leave_note`, such as `agree`.
+    """
+    store = _get_default_store()
+    first = dist.get_rank() // ep_size * ep_size
+    ranks = range(first, first + ep_size)
+    return [json.loads(store.get(_note_key(topic, rank))) for rank in ranks]
+
+
+def _note_key(topic: str, rank: int) -> str:
+    return f"torch_moe_ep/{topic}/{rank}"
+
+
 def first_difference(settings: Sequence[dict[str, str]]) -> str | None:
     """Say where a rank's settings first differ from rank 0's, with both values; None: nowhere."""
     for rank, other in enumerate(settings):

@@ -86,55 +86,65 @@ def apply_expert_parallel(
 
 def _patch(request: Request, found: dict[str, nn.Module]) -> None:
     """Swap and shard the experts found, then hook into what runs the model."""
-    inner = peft.base_model(request.model)
     ep_size = request.mesh["ep"].size()
     over_peers = uses_peers(request.config, ep_size)
     state = ExpertParallelState(
-        model=inner,
+        model=peft.base_model(request.model),
         mesh=request.mesh,
         experts={},
         ranks_per_node=0 if over_peers else ranks_per_node(request.config, ep_size),
         uses_peers=over_peers,
     )
+    # Layer by layer: no rank holds more than one layer of its EP rank's experts whole.
     for name, proposed in found.items():
-        is_stand_in = isinstance(proposed, FusedExperts)
-        module = fuse_block(inner, name) if is_stand_in else proposed
-        swap_experts(module, state, request.config, request.sync_from_rank0)
-        assert isinstance(module, ExpertParallelExperts)
-        module.layer_name = name
-        state.experts[name] = module
-        wrappers = peft.wrappers_of(inner, name)
-        swap_adapters(module, wrappers, state, request.sync_from_rank0)
-        track(state)
-        # Before the next layer's: no rank holds more than one layer of its EP rank's experts whole.
-        shard_experts(
-            module,
-            request.mesh,
-            mp_policy=request.mp_policy,
-            offload_policy=request.offload_policy,
-            reshard_after_forward=request.reshard_after_forward,
-        )
+        _swap_layer(state, request, name, proposed)
     for name, module in found.items():
-        for router in find_routers(inner, {name: module})[0].values():
+        for router in find_routers(state.model, {name: module})[0].values():
             state.linear_routers[name] = router
     if request.config.changes_router:
         _swap_routers(state, request)
     if request.config.global_token_shuffle:
         _shuffle_blocks(state, request.config.seed)
+    _hook_into_model(state, request.model)
+    register_step_hooks()
+    register_stock_clip_handlers()
+
+
+def _swap_layer(
+    state: ExpertParallelState, request: Request, name: str, proposed: nn.Module
+) -> None:
+    """Swap and shard the experts at `name` and the adapters around them."""
+    is_stand_in = isinstance(proposed, FusedExperts)
+    module = fuse_block(state.model, name) if is_stand_in else proposed
+    swap_experts(module, state, request.config, request.sync_from_rank0)
+    assert isinstance(module, ExpertParallelExperts)
+    module.layer_name = name
+    state.experts[name] = module
+    swap_adapters(module, peft.wrappers_of(state.model, name), state, request.sync_from_rank0)
+    track(state)
+    shard_experts(
+        module,
+        request.mesh,
+        mp_policy=request.mp_policy,
+        offload_policy=request.offload_policy,
+        reshard_after_forward=request.reshard_after_forward,
+    )
+
+
+def _hook_into_model(state: ExpertParallelState, given: nn.Module) -> None:
+    """Put hooks on the experts, and around forward and saving of the model that was given."""
     for name, experts in state.experts.items():
         for holder in experts.holders():
             mark_experts(holder)
             register_state_dict_hooks(holder)
         watch_routing(name, experts)
-    for model in {id(m): m for m in (inner, request.model)}.values():
+    for model in {id(m): m for m in (state.model, given)}.values():
         ignore_in_ddp(model)
-    if peft.is_peft_model(request.model):
-        gather_adapters_on_save(request.model)
+    if peft.is_peft_model(given):
+        gather_adapters_on_save(given)
     else:
-        gather_on_save(inner)
+        gather_on_save(state.model)
     wrap_forward(state)
-    register_step_hooks()
-    register_stock_clip_handlers()
 
 
 def _swap_routers(state: ExpertParallelState, request: Request) -> None:

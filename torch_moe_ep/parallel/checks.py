@@ -5,7 +5,7 @@ alike and nothing is changed when one of them objects.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch_moe_ep.parallel.agreement import agree, first_difference
 from torch_moe_ep.parallel.mesh import mesh_misfit
 from torch_moe_ep.parallel.nodes import RANKS_PER_NODE, node_note, nodes_misfit, override_misfit
 from torch_moe_ep.parallel.peers import peer_note, peers_misfit
+from torch_moe_ep.parallel.swap import WEIGHT_NAMES
 
 MIN_TORCH = (2, 11)
 
@@ -75,7 +76,7 @@ def check_request(request: Request) -> dict[str, nn.Module]:
     note = {
         "reason": reason,
         "settings": _settings(request, experts) if reason is None else {},
-        "is_meta": any(param.is_meta for found in experts.values() for param in _weights(found)),
+        "is_meta": any(param.is_meta for _, param in _named_weights(experts)),
         "is_synced": request.sync_from_rank0,
         "node": node_note(request.config, request.mesh["ep"].size()) if reason is None else {},
         "peer": peer_note(request.config, request.mesh) if reason is None else {},
@@ -205,17 +206,13 @@ def _experts_misfit(
 
 
 def _uniform_misfit(_request: Request, experts: dict[str, nn.Module]) -> str | None:
-    params = {
-        f"{name}.{key}": param
-        for name, module in experts.items()
-        for key, param in zip(("gate_up_proj", "down_proj"), _weights(module), strict=True)
-    }
-    if len({id(param) for param in params.values()}) != len(params):
+    params = [param for _, param in _named_weights(experts)]
+    if len({id(param) for param in params}) != len(params):
         return "two experts modules share a weight; untie them first."
-    dtypes = {str(param.dtype) for param in params.values()}
+    dtypes = {str(param.dtype) for param in params}
     if len(dtypes) > 1:
         return f"expert weights must have one dtype, got {sorted(dtypes)}; cast them (model.to)."
-    devices = {str(param.device) for param in params.values()}
+    devices = {str(param.device) for param in params}
     if len(devices) > 1:
         return f"expert weights must be on one device, got {sorted(devices)}; move them (model.to)."
     for name, module in experts.items():
@@ -262,11 +259,16 @@ def _adapter_misfit(request: Request, experts: dict[str, nn.Module]) -> str | No
     return peft.adapter_misfit(request.model, experts)
 
 
-def _weights(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    gate_up, down = module._parameters["gate_up_proj"], module._parameters["down_proj"]
-    assert gate_up is not None
-    assert down is not None
-    return gate_up, down
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """An experts module's weights ``[E, ...]``, in the order of `WEIGHT_NAMES`."""
+    found = [module._parameters[name] for name in WEIGHT_NAMES]
+    return [param for param in found if param is not None]
+
+
+def _named_weights(experts: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, module in experts.items():
+        for key, param in zip(WEIGHT_NAMES, _weights(module), strict=True):
+            yield f"{name}.{key}", param
 
 
 def _settings(request: Request, experts: dict[str, nn.Module]) -> dict[str, str]:
@@ -284,11 +286,10 @@ def _settings(request: Request, experts: dict[str, nn.Module]) -> dict[str, str]
     for field in fields(request.config):
         settings[f"MoEConfig.{field.name}"] = repr(getattr(request.config, field.name))
     settings |= peft.adapter_settings(peft.base_model(request.model), experts)
-    for name, module in experts.items():
-        for key, param in zip(("gate_up_proj", "down_proj"), _weights(module), strict=True):
-            settings[f"the shape of {name}.{key}"] = str(tuple(param.shape))
-            settings[f"the dtype of {name}.{key}"] = str(param.dtype)
-            settings[f"requires_grad of {name}.{key}"] = str(param.requires_grad)
+    for name, param in _named_weights(experts):
+        settings[f"the shape of {name}"] = str(tuple(param.shape))
+        settings[f"the dtype of {name}"] = str(param.dtype)
+        settings[f"requires_grad of {name}"] = str(param.requires_grad)
     return settings
 
 

@@ -14,31 +14,28 @@ copy_engine    every rank puts its shard where the others can read it (torch's s
 import logging
 import socket
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 
 from torch_moe_ep.gather import all_gather
+from torch_moe_ep.parallel.copy_engine import CopyEngineAllGather, ShardBuffer
 from torch_moe_ep.parallel.state import fsdp_param_groups, is_fsdp2
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("auto", "nccl", "copy_engine")
 PROBE_BYTES = 1 << 20
-# Why no copy engine can serve, the number that ranks compare, and the words.
-OBSTACLES = (
-    "",
-    "its parameters are not on GPUs",
-    "its process group is not NCCL's",
-    "its process group spans several hosts",
-    "two of its ranks share a GPU",
-    "its GPUs cannot map each other's memory",
-)
+NOT_ON_GPUS = "its parameters are not on GPUs"
+NOT_NCCL = "its process group is not NCCL's"
+SEVERAL_HOSTS = "its process group spans several hosts"
+SHARED_GPU = "two of its ranks share a GPU"
+NOT_MAPPED = "its GPUs cannot map each other's memory"
+# Why no copy engine can serve, mildest first; ranks compare the places.
+OBSTACLES = ("", NOT_ON_GPUS, NOT_NCCL, SEVERAL_HOSTS, SHARED_GPU, NOT_MAPPED)
 
 
 def set_fsdp_all_gather(model: nn.Module, kind: str = "auto") -> str:
@@ -72,7 +69,7 @@ def set_fsdp_all_gather(model: nn.Module, kind: str = "auto") -> str:
     _check_untouched(groups)
     spread = [group for group in groups if _process_group(group).size() > 1]
     process_groups = {id(_process_group(group)): group for group in spread}
-    reason = OBSTACLES[_worst([_obstacle(group) for group in process_groups.values()])]
+    reason = _worst([_obstacle(group) for group in process_groups.values()])
     if not spread:
         reason = "no FSDP2 module of it is spread over ranks"
     if not reason and kind in ("auto", "nccl"):
@@ -89,82 +86,6 @@ def set_fsdp_all_gather(model: nn.Module, kind: str = "auto") -> str:
     for group in spread:
         group._all_gather_comm = CopyEngineAllGather(buffers[_process_group(group).group_name])
     return _said("copy_engine", "")
-
-
-class CopyEngineAllGather(AllGather):
-    """FSDP2's all-gather as copies between GPUs that map each other.
-
-    Args:
-        buffer: the shard buffer of the process group; shared by all modules on that group.
-    """
-
-    def __init__(self, buffer: "ShardBuffer") -> None:
-        self.buffer = buffer
-
-    def allocate(
-        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        """Memory for the gathered parameters: the caching allocator's."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: dist.ProcessGroup,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        """Gather ``[n]`` of every rank to ``[P n]``, in rank order, on the current stream.
-
-        Collective over `group`; no host sync. Nothing to wait for but the stream, so None is
-        returned with `async_op`, too.
-        """
-        del group, async_op
-        self.buffer.gather(output_tensor, input_tensor)
-        return None
-
-
-class ShardBuffer:
-    """Symmetric memory for one shard of every rank of a process group.
-
-    Args:
-        group: the process group; its GPUs can map each other.
-        num_bytes: of the largest shard.
-
-    Collective over the group; syncs the host.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, num_bytes: int) -> None:
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
-        symmetric_memory.enable_symm_mem_for_group(group.group_name)
-        device = torch.device("cuda", torch.cuda.current_device())
-        self.memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-        self.handle = symmetric_memory.rendezvous(self.memory, group.group_name)
-        self.rank, self.world_size = group.rank(), group.size()
-        self.last: torch.cuda.Event | None = None
-
-    def gather(self, output: torch.Tensor, own: torch.Tensor) -> None:
-        """Gather ``[n]`` to ``[P n]`` on the current stream. Collective; no host sync.
-
-        The buffer is one: a call waits for the one before it, also on another stream. The first
-        barrier says that every shard is in place, the second that all have read it.
-        """
-        stream = torch.cuda.current_stream()
-        if self.last is not None:
-            stream.wait_event(self.last)
-        num_bytes = own.numel() * own.element_size()
-        self.memory[:num_bytes].view(own.dtype).copy_(own)
-        self.handle.barrier(channel=0)
-        parts = output.chunk(self.world_size)
-        for step in range(1, self.world_size):  # each rank reads from another one at a time
-            source = (self.rank + step) % self.world_size
-            shard = self.handle.get_buffer(source, (num_bytes,), torch.uint8)
-            parts[source].copy_(shard.view(own.dtype).view(own.shape))
-        if parts[self.rank].data_ptr() != own.data_ptr():
-            parts[self.rank].copy_(own)
-        self.handle.barrier(channel=0)
-        self.last = stream.record_event()
 
 
 def _param_groups(model: nn.Module) -> list[Any]:
@@ -191,34 +112,37 @@ def _process_group(group: Any) -> dist.ProcessGroup:
     return found
 
 
-def _obstacle(group: Any) -> int:
-    """Number of the obstacle that this rank sees for one parameter group; local but for names."""
+def _obstacle(group: Any) -> str:
+    """What this rank sees in the way of one parameter group; "": nothing.
+
+    Collective over its process group where that is NCCL's.
+    """
     if group.device.type != "cuda":
-        return 1
+        return NOT_ON_GPUS
     process_group = _process_group(group)
     if process_group._get_backend(group.device).name() != "nccl":
-        return 2
+        return NOT_NCCL
     here = torch.cuda.current_device()
     name = zlib.crc32(socket.gethostname().encode())
     notes = all_gather(torch.tensor([name, here], device=group.device), process_group).tolist()
     if any(host != name for host, _ in notes):
-        return 3
+        return SEVERAL_HOSTS
     devices = [device for _, device in notes]
     if len(set(devices)) < len(devices):
-        return 4
+        return SHARED_GPU
     others = [device for device in devices if device != here]
     visible = torch.cuda.device_count()
     can_map = all(
         device < visible and torch.cuda.can_device_access_peer(here, device) for device in others
     )
-    return 0 if can_map else 5
+    return "" if can_map else NOT_MAPPED
 
 
-def _worst(obstacles: list[int]) -> int:
-    """The largest number that any rank has. Collective over all ranks."""
+def _worst(obstacles: list[str]) -> str:
+    """The last of OBSTACLES that any rank has. Collective over all ranks."""
     device = "cuda" if _has_cuda_group() else "cpu"
-    own = torch.tensor([max(obstacles, default=0)], device=device)
-    return int(all_gather(own).max())
+    own = torch.tensor([max(map(OBSTACLES.index, obstacles), default=0)], device=device)
+    return OBSTACLES[int(all_gather(own).max())]
 
 
 def _has_cuda_group() -> bool:
@@ -301,6 +225,3 @@ def _said(kind: str, reason: str) -> str:
         else:
             logger.info("set_fsdp_all_gather: FSDP2 gathers by %s.", kind)
     return kind
-
-
-__all__ = ["KINDS", "CopyEngineAllGather", "ShardBuffer", "set_fsdp_all_gather"]

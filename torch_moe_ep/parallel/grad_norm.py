@@ -63,7 +63,14 @@ def clip_grad_norm_(
     params, states, wrappers = _resolve(model_or_parameters)
     grads = _gradients(params, wrappers)
     device = _device(states, grads)
-    total_norm = _total_norm(grads, norm_type, states, device)
+    part = _counted_part(grads, norm_type, device)
+    wait_for_peers(states)
+    everyone = all_gather(torch.cat([part, local_flags(states, device)]))
+    if states:
+        raise_if_flagged(states, everyone[:, 1:].tolist())
+        for state in states:
+            state.is_flag_checked = True
+    total_norm = _norm_of_parts(everyone[:, 0], norm_type)
     coefficient = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
     for local_grads in _by_device_and_dtype([grad.local for grad in grads]):
         torch._foreach_mul_(local_grads, coefficient.to(local_grads[0].device))
@@ -154,12 +161,11 @@ def _device(states: list[ExpertParallelState], grads: list[_Gradient]) -> torch.
     return grads[0].local.device if grads else torch.device("cpu")
 
 
-def _total_norm(
-    grads: list[_Gradient],
-    norm_type: float,
-    states: list[ExpertParallelState],
-    device: torch.device,
-) -> torch.Tensor:
+def _counted_part(grads: list[_Gradient], norm_type: float, device: torch.device) -> torch.Tensor:
+    """What this rank adds to the norm, fp64 ``[1]``: a sum of p-th powers, or the largest element.
+
+    Gradients that it does not count enter times zero. Local.
+    """
     is_inf = math.isinf(norm_type)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for is_counted in (True, False):
@@ -172,14 +178,12 @@ def _total_norm(
                 total = torch.maximum(total, stacked.max())
             else:
                 total = total + (stacked**norm_type).sum() * float(is_counted)
-    wait_for_peers(states)
-    everyone = all_gather(torch.cat([total.reshape(1), local_flags(states, device)]))
-    if states:
-        raise_if_flagged(states, everyone[:, 1:].tolist())
-        for state in states:
-            state.is_flag_checked = True
-    totals = everyone[:, 0]
-    norm = totals.max() if is_inf else totals.sum() ** (1.0 / norm_type)
+    return total.reshape(1)
+
+
+def _norm_of_parts(parts: torch.Tensor, norm_type: float) -> torch.Tensor:
+    """The norm fp32 ``[]`` of all ranks' parts fp64 ``[W]``."""
+    norm = parts.max() if math.isinf(norm_type) else parts.sum() ** (1.0 / norm_type)
     return norm.to(torch.float32)
 
 

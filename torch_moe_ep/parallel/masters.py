@@ -10,11 +10,11 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_param_groups
+from torch_moe_ep.parallel.swap import shard_like
 
 
 def settle_masters(state: ExpertParallelState) -> None:
@@ -53,15 +53,7 @@ def _accelerate_upcasts() -> bool:
 
 @torch.no_grad()
 def _cast(param: DTensor, dtype: torch.dtype) -> None:
-    local = param._local_tensor.to(dtype)
-    whole = DTensor.from_local(
-        local,
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
+    whole = shard_like(param, param._local_tensor.to(dtype))
     param.data = whole  # its outer dtype
     param._local_tensor = whole._local_tensor
     param._spec = whole._spec
@@ -69,8 +61,7 @@ def _cast(param: DTensor, dtype: torch.dtype) -> None:
 
 def _tell_fsdp(experts: ExpertParallelExperts) -> None:
     """FSDP2 keeps views of the shards; where it has them already, it reads them again."""
-    module: nn.Module = experts
-    for group in fsdp_param_groups(module):
+    for group in fsdp_param_groups(experts):
         for param in group.fsdp_params:
             param.reset_sharded_param()
         group._init_mp_dtypes()

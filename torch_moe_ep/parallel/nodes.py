@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from torch_moe_ep.config import MoEConfig
+from torch_moe_ep.parallel.agreement import leave_note, notes_of_group
 
 RANKS_PER_NODE = "TORCH_MOE_EP_RANKS_PER_NODE"
+TOPIC = "host"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _logger = logging.getLogger("torch_moe_ep")
 
@@ -45,7 +46,7 @@ def node_note(config: MoEConfig, ep_size: int) -> dict[str, Any]:
     if not _may_use_nodes(config, ep_size):
         return {}
     host = host_name()
-    _get_default_store().set(_key(dist.get_rank()), host)
+    leave_note(TOPIC, host)
     is_required = config.transport == "hierarchical" and not os.environ.get(RANKS_PER_NODE)
     return {"host": host, "ep_size": ep_size, "is_required": is_required}
 
@@ -80,7 +81,7 @@ def ranks_per_node(config: MoEConfig, ep_size: int) -> int:
     if not _may_use_nodes(config, ep_size):
         return 0
     text = os.environ.get(RANKS_PER_NODE)
-    chosen = int(text) if text else even_nodes(_hosts_of_group(ep_size))
+    chosen = int(text) if text else even_nodes(notes_of_group(TOPIC, ep_size))
     if chosen >= ep_size:
         chosen = 0  # one node: nothing crosses
     if dist.get_rank() == 0:
@@ -108,16 +109,6 @@ def _may_use_nodes(config: MoEConfig, ep_size: int) -> bool:
         and config.num_chunks == 1
         and config.transport in ("auto", "hierarchical")
     )
-
-
-def _hosts_of_group(ep_size: int) -> list[str]:
-    store = _get_default_store()
-    first = dist.get_rank() // ep_size * ep_size
-    return [store.get(_key(rank)).decode() for rank in range(first, first + ep_size)]
-
-
-def _key(rank: int) -> str:
-    return f"torch_moe_ep/host/{rank}"
 
 
 def host_name() -> str:

@@ -5,7 +5,6 @@ process does not see, and ranks that share a GPU are out of reach. For tests ran
 ``TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1`` lets torch map it twice.
 """
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _get_default_store
 
 from torch_moe_ep.config import MoEConfig
+from torch_moe_ep.parallel.agreement import leave_note, notes_of_group
 from torch_moe_ep.parallel.nodes import RANKS_PER_NODE, host_name
 
+TOPIC = "peer"
 MAX_PEERS = 64  # ranks of a group, as csrc/comm/peer_kernels.h has it
 SHARED_GPU = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 _logger = logging.getLogger("torch_moe_ep")
@@ -43,7 +43,7 @@ def peer_note(config: MoEConfig, mesh: DeviceMesh) -> Note:
     }
     if mesh.device_type == "cuda":
         note.update(_gpus())
-    _get_default_store().set(_key(dist.get_rank()), json.dumps(note))
+    leave_note(TOPIC, note)
     return note
 
 
@@ -100,7 +100,7 @@ def uses_peers(config: MoEConfig, ep_size: int) -> bool:
     """
     if not _may_use_peers(config, ep_size):
         return False
-    notes = _notes_of_group(ep_size)
+    notes = notes_of_group(TOPIC, ep_size)
     if group_obstacle(notes) is not None:
         return False
     shares = len({note["gpu"] for note in notes}) < ep_size
@@ -135,13 +135,3 @@ def _gpus() -> Note:
         ],
         "may_share": os.environ.get(SHARED_GPU) == "1",
     }
-
-
-def _notes_of_group(ep_size: int) -> list[Note]:
-    store = _get_default_store()
-    first = dist.get_rank() // ep_size * ep_size
-    return [json.loads(store.get(_key(rank))) for rank in range(first, first + ep_size)]
-
-
-def _key(rank: int) -> str:
-    return f"torch_moe_ep/peer/{rank}"

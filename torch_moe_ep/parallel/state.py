@@ -28,13 +28,22 @@ _WRAPPERS = (FullyShardedDataParallel, DistributedDataParallel)
 
 @dataclass(eq=False)
 class ExpertParallelState:
-    """One patched model. `experts` maps module names, as they were at apply, to modules.
+    """One patched model.
 
-    So does `routers`, which is empty where the model's own routers are left as they are.
-    `linear_routers` maps names of experts to the router beside them, where it is a linear one.
-    `num_resets` counts how often the counters of experts, and those of routers, were set to zero.
-    `ranks_per_node` is 0 unless tokens cross between nodes once; `uses_peers` says whether rows
-    travel by the peer transport.
+    Attributes:
+        model: the one that `forward` was wrapped of, without PEFT's or any wrapper around it.
+        mesh: ``("replicate", "shard", "ep")``.
+        experts: module names, as they were at apply, to modules.
+        routers: the same of routers that were swapped; empty where the model's own are left.
+        linear_routers: names of experts to the router beside them, where it is a linear one.
+        num_resets: how often the counters of experts, and those of routers, were set to zero.
+        wrapper_refs: FSDP1 and DDP modules that took in experts of the model (see `wrappers`).
+        root: the hidden FSDP2 root over the experts, where nothing else is one.
+        ranks_per_node: 0 unless tokens cross between nodes once.
+        uses_peers: rows travel by the peer transport.
+        is_started: a forward has run, so wrappers and dtypes are settled.
+        is_flag_checked: clipping has read the flags of this step already.
+        is_batch_checked: the batches of the EP group's ranks have been compared.
     """
 
     model: nn.Module
@@ -162,9 +171,8 @@ def _register_wrapper_hook() -> None:
 def _note_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     """Called by torch for every submodule assignment; remembers wrappers of patched models.
 
-    PEFT's tuners, which would wrap patched experts with factors of their own, are refused.
-
     A wrapper outside the model (FSDP1 without auto wrap, DDP) cannot be found from inside it.
+    PEFT's tuners, which would wrap patched experts with factors of their own, are refused.
     """
     if not isinstance(submodule, nn.Module):
         return

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, StateDi
 from torch.distributed.tensor import DTensor
 
 from torch_moe_ep.parallel.state import ExpertParallelState
-from torch_moe_ep.parallel.swap import local_slice
+from torch_moe_ep.parallel.swap import local_slice, shard_like
 
 
 def register_state_dict_hooks(experts: nn.Module) -> None:
@@ -73,11 +73,4 @@ def _slice_plain(
             continue
         local = param.to_local()
         part = local_slice(value, state).to(local.device).contiguous()
-        state_dict[prefix + name] = DTensor.from_local(
-            part,
-            param.device_mesh,
-            param.placements,
-            run_check=False,
-            shape=param.shape,
-            stride=param.stride(),
-        )
+        state_dict[prefix + name] = shard_like(param, part)

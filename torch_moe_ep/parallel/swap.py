@@ -130,6 +130,18 @@ def shard_dim(local_shape: torch.Size, shard_size: int) -> int:
     return next((dim for dim in (1, 2) if local_shape[dim] % shard_size == 0), 0)
 
 
+def shard_like(param: DTensor, local: torch.Tensor) -> DTensor:
+    """A DTensor laid out as `param`, of which this rank holds `local`. Local."""
+    return DTensor.from_local(
+        local,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
 def _weight(module: nn.Module, name: str) -> nn.Parameter:
     param = module._parameters[name]
     assert param is not None
