@@ -1,6 +1,6 @@
-"""What every rank says, for the checks around the pipeline."""
+"""What every rank says, and sums of what they count, for the checks around the pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -31,3 +31,18 @@ def all_gather(row: torch.Tensor, group: dist.ProcessGroup | None = None) -> tor
     name = (group or dist.group.WORLD).group_name  # type: ignore[union-attr]
     gathered: torch.Tensor = torch.ops.torch_moe_ep.all_gather(row.contiguous(), name)
     return gathered
+
+
+def sum_over_ranks(counters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sums of flat counters of one dtype and device over all ranks, on the CPU; theirs stay.
+
+    Collective over all ranks (one all-reduce) where there are any and a process group exists.
+    Syncs the host.
+    """
+    if not counters:
+        return {}
+    flat = torch.cat(list(counters.values()))
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+    parts = torch.split(flat.cpu(), [counter.numel() for counter in counters.values()])
+    return dict(zip(counters, parts, strict=True))

@@ -7,7 +7,7 @@ a folder without it was interrupted and is never loaded. docs/checkpoints.md is 
 File by file::
 
 save.py, load.py              checkpoints, at once or in the background
-rank_state.py, rng.py         what is saved beside weights: scheduler, generators, data, counters
+rank_state.py, rng.py         what a rank saves: shards, scheduler, generators, data, counters
 folder.py                     names, markers, renames; what rank 0 does, errors that all ranks raise
 __main__.py, stored.py        the command line; a checkpoint as its files: info, verify
 reshard.py, offline_export.py other grids and the hub's layout, from files to files

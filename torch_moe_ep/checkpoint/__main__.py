@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from torch_moe_ep.checkpoint.folder import complete_checkpoints, find_complete
+from torch_moe_ep.checkpoint.hub_writer import MAX_SHARD_BYTES
 from torch_moe_ep.checkpoint.offline_export import export_stored
 from torch_moe_ep.checkpoint.reshard import reshard
 from torch_moe_ep.checkpoint.stored import StoredCheckpoint, describe, problems_of
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--hybrid-shard-degree", type=int, default=0, help="S; 0: W / P")
     export.add_argument("--config", type=Path, help="a folder with another config.json")
     export.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer is copied")
-    export.add_argument("--max-shard-bytes", type=int, default=5 * 1024**3)
+    export.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES)
     return parser
 
 

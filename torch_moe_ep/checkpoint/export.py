@@ -11,14 +11,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torch_moe_ep.checkpoint.folder import on_rank0
-from torch_moe_ep.checkpoint.hub_writer import HubConverter, HubWriter
+from torch_moe_ep.checkpoint.hub_writer import MAX_SHARD_BYTES, HubConverter, HubWriter
 from torch_moe_ep.checkpoint.weights import Weight, each_tensor, find_weights, inner_model
 from torch_moe_ep.integrations.peft import has_adapters
 
 
 @torch.no_grad()
 def export_hf(
-    model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 1024**3
+    model: nn.Module, folder: str | os.PathLike[str], *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write config and weights so that ``AutoModelForCausalLM.from_pretrained(folder)`` works.
 
@@ -52,11 +52,9 @@ def export_hf(
         )
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
-    ignored = getattr(inner, "_keys_to_ignore_on_save", None) or ()
-    weights = [weight for weight in find_weights(model) if weight.names[0] not in ignored]
-    export = HubExport(inner, Path(folder), max_shard_bytes, weights)
+    export = HubExport(inner, Path(folder), max_shard_bytes, find_weights(model))
     on_rank0(export.begin)
-    for weight, tensor in each_tensor(model, weights, writeback=False):
+    for weight, tensor in each_tensor(model, export.weights, writeback=False):
         on_rank0(functools.partial(export.add, weight.names[0], _gathered(tensor)))
     on_rank0(export.end)
 
@@ -68,7 +66,11 @@ class HubExport:
         inner: the transformers model without wrappers; its weights are not looked at.
         folder: created when missing.
         max_shard_bytes: see `export_hf`.
-        weights: what `add` will be called with.
+        weights: of the model.
+
+    Attributes:
+        weights: those of them that `add` is to be called with, in any order; transformers leaves
+            the others out of its files.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class HubExport:
         self.inner = inner
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
-        self.weights = weights
+        ignored = getattr(inner, "_keys_to_ignore_on_save", None) or ()
+        self.weights = [weight for weight in weights if weight.names[0] not in ignored]
 
     def begin(self) -> None:
         """Write the config and make way for the weights."""

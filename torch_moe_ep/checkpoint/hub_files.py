@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,8 @@ class HubFiles:
         lost = sorted(set(weight_map or {}) - set(self.headers))
         if lost:
             raise ValueError(
-                f"{INDEX} of {self.folder} names {lost[0]}{_more(lost)}, which its file does not "
-                f"hold; download or export the folder anew."
+                f"{INDEX} of {self.folder} names {lost[0]}{and_more(lost)}, which its file does "
+                f"not hold; download or export the folder anew."
             )
 
     def _open_file(self, name: str) -> Any:
@@ -138,5 +139,6 @@ class HubFiles:
         return dict(weight_map)
 
 
-def _more(names: list[str]) -> str:
+def and_more(names: Sequence[str]) -> str:
+    """What follows the first of several names in a message."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

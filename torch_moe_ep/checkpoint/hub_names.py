@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from torch_moe_ep.checkpoint.hub_files import FLOATING, ITEM_BYTES, Header
+from torch_moe_ep.checkpoint.hub_files import FLOATING, ITEM_BYTES, Header, and_more
 from torch_moe_ep.checkpoint.weights import Weight
 from torch_moe_ep.integrations.transformers4 import HUB_EXPERT, Names, fused_names
 
@@ -86,10 +86,9 @@ def find_sources(
             continue
         sources.append(Source(weight, made[0], [piece for pieces in made[1:] for piece in pieces]))
     if missing:
-        more = f" (and {len(missing) - 1} more weights)" if len(missing) > 1 else ""
         raise ValueError(
-            f"the folder holds nothing for {missing[0]}{more}; it is of another model, or config "
-            f"and weights do not belong together."
+            f"the folder holds nothing for {missing[0]}{and_more(missing)}; it is of another "
+            f"model, or config and weights do not belong together."
         )
     return sources
 
@@ -131,8 +130,7 @@ def _sort_keys(
     ignored = [IGNORED, *(getattr(inner, "_keys_to_ignore_on_load_unexpected", None) or [])]
     extra = [key for key in extra if not any(re.search(each, key) for each in ignored)]
     if extra:
-        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
-        raise ValueError(_EXTRA.format(extra[0] + more))
+        raise ValueError(_EXTRA.format(extra[0] + and_more(extra)))
     return found, {pattern: entry for entry in converters for pattern in entry.source_patterns}
 
 

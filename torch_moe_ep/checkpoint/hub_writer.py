@@ -18,6 +18,7 @@ from torch import nn
 from torch_moe_ep.checkpoint.hub_files import INDEX, SINGLE
 from torch_moe_ep.integrations.transformers4 import fused_names, hub_parts
 
+MAX_SHARD_BYTES = 5 * 1024**3  # of a file, where nobody says otherwise
 _OLD_FILES = re.compile(r"model(-\d{5}(-of-\d{5})?)?\.safetensors(\.index\.json)?(\.partial)?")
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 

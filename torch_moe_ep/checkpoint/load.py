@@ -11,12 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -27,6 +22,7 @@ from torch_moe_ep.checkpoint.rank_state import (
     rank_key,
     rng_of_rank,
     routing_counters,
+    sharded_state,
     unpack,
 )
 from torch_moe_ep.checkpoint.rng import set_rng_state
@@ -85,8 +81,10 @@ def load_checkpoint(
         raise ValueError(
             f"{folder} was saved without an optimizer; leave optimizer out of load_checkpoint."
         )
-    host = _read_host(folder, saved, marker["world_size"])
-    common = unpack(host[COMMON])
+    rank, has_same_world = dist.get_rank(), marker["world_size"] == dist.get_world_size()
+    own_key = rank_key(rank if has_same_world else 0)
+    host = _read(folder, saved, [f"host.{COMMON}", f"host.{own_key}"])
+    common, own = unpack(host[f"host.{COMMON}"]), unpack(host[f"host.{own_key}"])
     if scheduler is not None and common["scheduler"] is None:
         raise ValueError(
             f"{folder} was saved without a scheduler; leave scheduler out of load_checkpoint."
@@ -95,8 +93,6 @@ def load_checkpoint(
     _load_routing(folder, saved, model)
     if scheduler is not None:
         scheduler.load_state_dict(common["scheduler"])
-    rank, has_same_world = dist.get_rank(), marker["world_size"] == dist.get_world_size()
-    own = unpack(host[rank_key(rank if has_same_world else 0)])
     set_rng_state(rng_of_rank(own["rng"], common["alike"], rank, has_same_world))
     return int(marker["step"])
 
@@ -145,15 +141,11 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _load_model(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
-    state: dict[str, Any]
+    state = sharded_state(model, optimizer)
+    load(state, checkpoint_id=folder)
     if optimizer is None:
-        state = {"model": get_model_state_dict(model)}
-        load(state, checkpoint_id=folder)
         set_model_state_dict(model, state["model"])
         return
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    load(state, checkpoint_id=folder)
     set_state_dict(
         model,
         optimizer,
@@ -172,13 +164,6 @@ def _load_routing(folder: Path, saved: Metadata, model: nn.Module) -> None:
         counter.zero_()
         if total is not None and dist.get_rank() == 0:
             counter.copy_(total)
-
-
-def _read_host(folder: Path, saved: Metadata, world_size: int) -> dict[str, torch.Tensor]:
-    rank = dist.get_rank() if world_size == dist.get_world_size() else 0
-    keys = [COMMON, rank_key(rank)]
-    packed = _read(folder, saved, [f"host.{key}" for key in keys])
-    return {key: packed[f"host.{key}"] for key in keys}
 
 
 def _read(folder: Path, saved: Metadata, keys: list[str]) -> dict[str, torch.Tensor]:

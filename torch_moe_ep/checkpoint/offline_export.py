@@ -11,6 +11,7 @@ from torch import nn
 
 from torch_moe_ep.checkpoint.export import HubExport
 from torch_moe_ep.checkpoint.folder import HUB_FOLDER
+from torch_moe_ep.checkpoint.hub_writer import MAX_SHARD_BYTES
 from torch_moe_ep.checkpoint.stored import Progress, StoredCheckpoint
 from torch_moe_ep.checkpoint.weights import find_weights
 from torch_moe_ep.integrations.peft import is_adapter_name
@@ -31,7 +32,7 @@ def export_stored(
     *,
     config: Path | None = None,
     tokenizer: Path | None = None,
-    max_shard_bytes: int = 5 * 1024**3,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write what `export_hf` of the trained model would have written.
 
@@ -67,11 +68,9 @@ def export_stored(
                 f"{tuple(weight.shape)} by its config; pass the config of this model."
             )
         weight.dtype = entry.properties.dtype
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    weights = [weight for weight in weights if weight.names[0] not in ignored]
     export = HubExport(model, folder, max_shard_bytes, weights)
     export.begin()
-    for weight in weights:
+    for weight in export.weights:
         tensor = stored.read(keys[weight.names[0]])
         export.add(weight.names[0], tensor)
         progress(tensor.nbytes)

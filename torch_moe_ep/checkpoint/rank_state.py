@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside weights and optimizer, as byte tensors of its own.
+"""What a rank puts into a checkpoint: its shards, and byte tensors for everything else.
 
 ``host.common`` is written by rank 0: scheduler, and which generators stood alike on all ranks.
 ``host.rank<r>`` is rank r's: its random generators and its `data_state`. Both are torch.save
@@ -12,12 +12,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from torch_moe_ep.checkpoint.rng import digests, reseed, rng_state
+from torch_moe_ep.gather import sum_over_ranks
 from torch_moe_ep.parallel.state import states_of
 
 COMMON = "common"
+
+
+def sharded_state(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+    """This rank's weights, and optimizer state if there is one, by names of the unwrapped model.
+
+    Collective under FSDP1, as torch's own state dicts are.
+    """
+    if optimizer is None:
+        return {"model": get_model_state_dict(model)}
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
 
 
 def pack(value: Any, what: str) -> torch.Tensor:
@@ -88,15 +102,9 @@ def rng_of_rank(saved: dict[str, Any], alike: list[str], rank: int, has_same_wor
 def routing_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The counters of tokens per expert since their last reset, summed over all ranks.
 
-    Collective over all ranks (one all-reduce) where the model has experts.
+    Collective over all ranks (one all-reduce) where the model has experts. Syncs the host.
     """
-    counters = routing_counters(model)
-    if not counters:
-        return {}
-    flat = torch.cat([counter.reshape(-1) for counter in counters.values()])
-    dist.all_reduce(flat)
-    parts = torch.split(flat, [counter.numel() for counter in counters.values()])
-    return dict(zip(counters, parts, strict=True))
+    return sum_over_ranks(routing_counters(model))
 
 
 def routing_counters(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
 from torch.distributed.checkpoint.state_dict_saver import async_save as save_in_background
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
@@ -33,7 +32,7 @@ from torch_moe_ep.checkpoint.folder import (
     shared_failure,
     write_marker,
 )
-from torch_moe_ep.checkpoint.rank_state import collect_host, routing_state
+from torch_moe_ep.checkpoint.rank_state import collect_host, routing_state, sharded_state
 from torch_moe_ep.checkpoint.weights import check_wrappers, inner_model
 from torch_moe_ep.parallel.state import states_of
 
@@ -142,12 +141,7 @@ def _collect(
     except ValueError as error:
         failure = error
     raise_alike(failure)
-    state: dict[str, Any]
-    if optimizer is None:
-        state = {"model": get_model_state_dict(model)}
-    else:
-        model_state, optimizer_state = get_state_dict(model, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
+    state = sharded_state(model, optimizer)
     return {**state, "routing": routing_state(model), "host": host}
 
 

@@ -5,13 +5,17 @@ recomputation by activation checkpointing leave the counters alone). Counting is
 costs no sync; reading is collective.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from torch_moe_ep.gather import sum_over_ranks
 from torch_moe_ep.parallel.state import states_of
+
+NO_EXPERTS = "the model has no expert-parallel experts; call torch_moe_ep.apply_expert_parallel."
 
 
 class ExpertLoad(NamedTuple):
@@ -46,17 +50,12 @@ def expert_load(model: nn.Module, *, reset: bool = False) -> ExpertLoad:
     """
     counters = _counters(model)
     if not counters:
-        raise ValueError(
-            "the model has no expert-parallel experts; call torch_moe_ep.apply_expert_parallel."
-        )
-    flat = torch.cat([counter.reshape(-1) for counter in counters.values()])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-    parts = torch.split(flat.cpu(), [counter.numel() for counter in counters.values()])
-    tokens = dict(zip(counters, parts, strict=True))
+        raise ValueError(NO_EXPERTS)
+    tokens = sum_over_ranks(counters)
     if reset:
         reset_expert_load(model)
-    return ExpertLoad(tokens, {name: _imbalance(counts) for name, counts in tokens.items()})
+    imbalance = {name: imbalance_of(total.tolist()) for name, total in tokens.items()}
+    return ExpertLoad(tokens, imbalance)
 
 
 class RouterLosses(NamedTuple):
@@ -229,6 +228,7 @@ def _counters(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _imbalance(counts: torch.Tensor) -> float:
-    total = int(counts.sum())
-    return float(counts.max()) * counts.numel() / total if total > 0 else 1.0
+def imbalance_of(tokens: Sequence[float]) -> float:
+    """Largest over mean of the copies per expert; 1 where there are none."""
+    total = sum(tokens)
+    return max(tokens) * len(tokens) / total if total > 0 else 1.0

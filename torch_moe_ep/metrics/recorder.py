@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torch_moe_ep.metrics.counters import traffic
+from torch_moe_ep.metrics.counters import NO_EXPERTS, imbalance_of, traffic
 from torch_moe_ep.metrics.entropy import watch_entropy
 from torch_moe_ep.parallel.state import ExpertParallelState, states_of
 
@@ -69,9 +69,7 @@ class Recorder:
         self._states = states_of(model)
         self._layers = _layers_of(self._states)
         if not self._layers:
-            raise ValueError(
-                "the model has no expert-parallel experts; call torch_moe_ep.apply_expert_parallel."
-            )
+            raise ValueError(NO_EXPERTS)
         self._writers: Sequence[Writer] = writers
         self._every = every
         self._is_writing = not dist.is_initialized() or dist.get_rank() == 0
@@ -169,9 +167,7 @@ def _layers_of(states: Sequence[ExpertParallelState]) -> list[_Layer]:
 
 
 def _load(tokens: list[float]) -> Record:
-    total = sum(tokens)
-    imbalance = max(tokens) * len(tokens) / total if total > 0 else 1.0
-    return {"tokens": [int(count) for count in tokens], "imbalance": imbalance}
+    return {"tokens": [int(count) for count in tokens], "imbalance": imbalance_of(tokens)}
 
 
 def _losses(z: float, aux: float, dropped: float, copies: float, passes: float) -> Record:
