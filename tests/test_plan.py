@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +228,48 @@ def _gradients_of_a_layer(moment: Any) -> int:
     """Those of the experts whose backward ends; the layers behind have theirs already."""
     is_last = moment.moment == "experts of layer 3" and moment.gradients > 0
     return 2 * 3 * 8 * 4096 * 14336 if is_last else 0
+
+
+TRAINED = re.compile(
+    r"(\d+) layers H=4096 I=14336 W=(\d+) batch=(\d+) sequence=4096 a GPU, (bf16|fp32) parameters"
+    r"(, activation checkpointing)?$"
+)
+
+
+def trained(name: str) -> list[tuple[Any, Layout, Batch, dict[str, float]]]:
+    """The cases of benchmarks/train.py in a result file (P = W), with ours by unit."""
+    found: dict[str, dict[str, float]] = {}
+    for row in results(name):
+        if row["name"] == "torch_moe_ep":
+            case = row["case"].partition("scaling, ")[2] or row["case"]
+            found.setdefault(case, {})[row["unit"]] = row["value"]
+    cases = []
+    for case, by_unit in found.items():
+        fit = TRAINED.match(case)
+        assert fit is not None, case
+        model = dataclasses.replace(MIXTRAL, layers=int(fit[1]))
+        precision = PRECISIONS["bf16" if fit[4] == "bf16" else "mixed"]
+        layout = Layout(int(fit[2]), 1, 1, 1, precision, "full" if fit[5] else "none")
+        cases.append((model, layout, Batch(4096, int(fit[3])), by_unit))
+    return cases
+
+
+@pytest.mark.parametrize("name", ["train-4gpu", "train-4gpu-h100", "scaling-4gpu"])
+def test_memory_is_what_several_gpus_reported(name):
+    cases = trained(name)
+    assert cases
+    for model, layout, batch, measured in cases:
+        total = memory_of(model, layout, batch).total / 2**30
+        assert total == pytest.approx(measured["GiB at most"], rel=0.01), (layout, batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"), [("train-4gpu", "h200-141gb"), ("train-4gpu-h100", "h100-80gb")]
+)
+def test_speed_range_holds_the_steps_of_whole_models_on_four_gpus(name, gpu):
+    ((model, layout, batch, measured),) = trained(name)
+    speed = speed_of(model, layout, batch, GPUS[gpu])
+    assert speed.low < measured["tokens/s"] < speed.high
 
 
 def test_speed_range_holds_the_steps_that_one_h200_made():

@@ -52,7 +52,7 @@ def is_adapter_name(name: str) -> bool:
 
 def base_name(name: str) -> str:
     """A parameter's name in the model without adapters."""
-    return name.replace(".base_layer.", ".").replace(".base_layer.", ".")
+    return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def wrappers_of(model: nn.Module, name: str) -> list[nn.Module]:

@@ -142,11 +142,9 @@ def from_config(fields: Any, name: str) -> ModelShape:
             f"{name} has layers without experts (decoder_sparse_step, mlp_only_layers); the "
             f"planner takes models with experts in every layer."
         )
-    experts_name = next((name for name in EXPERTS if fields.get(name)), EXPERTS[0])
-    hidden, heads = (
-        _number(fields, "hidden_size", name),
-        _number(fields, "num_attention_heads", name),
-    )
+    experts_key = next((key for key in EXPERTS if fields.get(key)), EXPERTS[0])
+    hidden = _number(fields, "hidden_size", name)
+    heads = _number(fields, "num_attention_heads", name)
     bias = fields.get("qkv_bias", True) if family == "qwen2_moe" else fields.get("attention_bias")
     return ModelShape(
         name=name,
@@ -156,7 +154,7 @@ def from_config(fields: Any, name: str) -> ModelShape:
         heads=heads,
         kv_heads=fields.get("num_key_value_heads") or heads,
         head_dim=fields.get("head_dim") or hidden // heads,
-        experts=_number(fields, experts_name, name),
+        experts=_number(fields, experts_key, name),
         top_k=_number(fields, "num_experts_per_tok", name),
         expert_width=_number(fields, FAMILIES[family], name),
         shared_width=fields.get("shared_expert_intermediate_size") or 0,

@@ -4,7 +4,8 @@ Work on the GPU is matrix products at the sustained dense rate, attention, and p
 at the rate of a copy. The exchange of rows is not hidden. Gathers and reductions hide behind the
 work: wholly at the fast end of the range, by 70 % at the slow end. The constants below were fitted
 to the measured step of one H200 and its variants (benchmarks/results/2026-11-25-step.json and
-2026-11-25-offload.json); what links share and hide has not been measured on several GPUs.
+2026-11-25-offload.json); whole models on four GPUs lie in the range (2026-11-28-train-4gpu.json).
+What the network reaches, and what gathers alone reach, has not been measured.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ ATTENTION_SHARE = 0.5  # rate of fused attention, of the dense rate
 LAYER_PASSES = 400  # bytes over memory for an element of H: norms, residuals, rotation; both ways
 LOSS_PASSES = 40  # bytes over memory for a logit, both ways
 LAUNCHES = 2e-3  # seconds that the host needs for a layer's kernels, both ways
-LINK_SHARE = 0.8  # of a link's rate that collectives reach
+ROWS_SHARE = (
+    0.5  # of a link's rate that rows reach: benchmarks/results/2026-11-28-transport-4gpu.json
+)
+LINK_SHARE = 0.8  # of a link's rate that gathers and reductions reach
 HOST_COPY = 100e9  # bytes/s over a node's host memory, for the optimizer on the host
 FAST, SLOW = 0.95, 1.12  # of the work's estimate
 EXCHANGE_SLOW = 1.3  # uneven routing: the rank with most rows is waited for
@@ -52,8 +56,8 @@ def speed_of(model: ModelShape, layout: Layout, batch: Batch, gpu: Gpu) -> Speed
     """The range for a layout."""
     traffic = traffic_of(model, layout, batch)
     work = max(work_seconds(model, layout, batch, gpu), moved_seconds(model, layout, batch, gpu))
-    exchange = link_seconds(traffic.rows, gpu)
-    gather = link_seconds(traffic.weights, gpu) + shard_seconds(model, layout, gpu)
+    exchange = link_seconds(traffic.rows, gpu) / ROWS_SHARE
+    gather = link_seconds(traffic.weights, gpu) / LINK_SHARE + shard_seconds(model, layout, gpu)
     optimizer = optimizer_seconds(model, layout, gpu)
     fast = FAST * work + exchange + max(0.0, gather - FAST * work) + optimizer
     slow = SLOW * work + EXCHANGE_SLOW * exchange + optimizer
@@ -127,5 +131,5 @@ def local(model: ModelShape, layout: Layout) -> int:
 
 
 def link_seconds(sent: Bytes, gpu: Gpu) -> float:
-    """Seconds that bytes travel, the slower of the two links deciding."""
-    return max(sent.nvlink / gpu.nvlink, sent.network / gpu.network) / LINK_SHARE
+    """Seconds that bytes travel at a link's whole rate, the slower of the two links deciding."""
+    return max(sent.nvlink / gpu.nvlink, sent.network / gpu.network)

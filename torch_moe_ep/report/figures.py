@@ -1,11 +1,10 @@
 """The pictures: curves over steps, and the experts' load over layers and over time."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -212,7 +211,7 @@ def _draw_entropy(run: Run, path: Path) -> str:
     figure, axes = _figure(7.0, 3.4)
     num_experts = len(run.load[0][0])
     last = []
-    colour: Callable[[float], Any] = _colours()
+    colour = colormaps["viridis"]
     for layer, name in enumerate(run.layers):
         values = [row[layer] for row in run.entropy]
         known = [(s, v) for s, v in zip(run.load_steps, values, strict=True) if v is not None]
@@ -236,9 +235,3 @@ def _draw_entropy(run: Run, path: Path) -> str:
         f"Mean over tokens; log {num_experts} = {highest:.2f} means that a router tells no expert "
         f"from another. Lowest at the end: {lowest[0]:.2f} in {lowest[1]}."
     )
-
-
-def _colours() -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["viridis"]

@@ -13,7 +13,7 @@ from typing import Any
 
 HISTORY = "history.jsonl"
 EXPERTS = "experts.jsonl"
-CURVES = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "validation_loss")
+HISTORY_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_second", "seconds", "validation_loss")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _curves(history: list[dict[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for name in CURVES:
+    for name in HISTORY_FIELDS:
         points = {line["step"]: line[name] for line in history if "step" in line and name in line}
         if points:
             steps = sorted(points)

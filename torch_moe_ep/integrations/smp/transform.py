@@ -36,8 +36,8 @@ def transform(
         dtype: casts the model before; None leaves it.
         config: SMP's `MoEConfig`, or torch_moe_ep's own. None with P > 1 takes SMP's defaults,
             with a warning; None with P = 1 leaves a model as Hugging Face has it.
-        load_state_dict_from_rank0: every rank takes rank 0's weights, the dense ones in chunks of
-            at most 128 MiB (fp32), the experts one weight at a time.
+        load_state_dict_from_rank0: every rank takes rank 0's weights, in chunks of bounded size
+            (dense ones 128 MiB in fp32, experts `parallel.swap.SYNC_CHUNK_BYTES`).
         cp_comm_type: accepted; context parallelism is not implemented.
 
     Returns:
@@ -133,9 +133,8 @@ def _broadcast(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def _move_dense(model: nn.Module, device: torch.device) -> None:
     experts = _expert_params(model)
     for module in model.modules():
-        for name, param in module._parameters.items():
+        for param in module._parameters.values():
             if param is not None and id(param) not in experts and not param.is_meta:
-                assert name in module._parameters
                 param.data = param.data.to(device)
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
