@@ -13,6 +13,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import profile
 
 from benchmarks.result_files import RESULTS_DIR
 from benchmarks.results import DENSE, format_table, plot
@@ -140,6 +142,15 @@ def _seconds(run: Callable[[], object], num_runs: int, device: torch.device) -> 
     return float(start.elapsed_time(end)) / 1e3
 
 
+def trace_events(profiled: profile) -> list[dict[str, Any]]:
+    """The events of a profile as in its Chrome trace, which knows streams and grids."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    return events
+
+
 def dense_gemm(device: torch.device, dtype: torch.dtype) -> Candidate:
     """A square GEMM of random normal data: 8192 on a GPU, 2048 on a CPU."""
     size = 8192 if device.type == "cuda" else 2048
@@ -219,10 +230,15 @@ def _output_of(*command: str) -> str:
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that every benchmark has."""
+    """Add the arguments of benchmarks that time turn about."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--min_seconds", type=float, default=1.0, help="work per figure")
     parser.add_argument("--turns", type=int, default=5, help="turns per candidate")
+    add_output_arguments(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `finish` reads."""
     parser.add_argument(
         "--output", type=Path, help="default: benchmarks/results/<date>-<name>.json"
     )

@@ -17,6 +17,7 @@ import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def run_case(case: Case, arguments: argparse.Namespace, device: torch.device) ->
     for name, function in functions.items():
         error = common.relative_error(function(case.a, case.b), oracle)
         if error <= limit:
-            candidates.append(common.Candidate(name, _runner(function, case), case.flops))
+            candidates.append(common.Candidate(name, partial(function, case.a, case.b), case.flops))
             continue
         print(f"{case.name}: {name} is wrong: error {error:.2g}, limit {limit:.2g}", flush=True)
         value = f"wrong: error {error:.2g}, limit {limit:.2g}"
@@ -160,10 +161,6 @@ def run_case(case: Case, arguments: argparse.Namespace, device: torch.device) ->
     )
     unit, scale = ("TFLOP/s", 1e12) if device.type == "cuda" else ("GFLOP/s", 1e9)
     return rows + common.speed_rows(timings, case.name, unit, scale)
-
-
-def _runner(function: Gemm, case: Case) -> Callable[[], object]:
-    return lambda: function(case.a, case.b)
 
 
 def main() -> None:

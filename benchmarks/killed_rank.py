@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,9 +100,7 @@ def main() -> None:
     num_gpus = torch.cuda.device_count()
     parser.add_argument("--ranks", type=int, default=(max(num_gpus, 2) if num_gpus else 4))
     parser.add_argument("--timeout_s", type=int, default=50)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", default="", help="where there is no git checkout")
-    parser.add_argument("--plot", action="store_true", help="write a PNG beside the result file")
+    common.add_output_arguments(parser)
     arguments = parser.parse_args()
     device_type = "cuda" if num_gpus else "cpu"
     rows: list[dict[str, Any]] = []

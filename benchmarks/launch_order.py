@@ -9,8 +9,6 @@ assigned to a lane by its stream and drawn where the host launched it.
 """
 
 import argparse
-import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import common
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
 from torch_moe_ep.testing import RankPool, batch_of, share_the_gpu, tiny_mixtral
 from torch_moe_ep.testing.parallel import wrap
@@ -42,11 +41,7 @@ class Launch:
 
 def launches_of(profiled: profile) -> list[Launch]:
     """Every kernel of the profile in the order of the host's launches."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "trace.json")
-        profiled.export_chrome_trace(path)
-        with open(path) as file:
-            events = json.load(file)["traceEvents"]
+    events = common.trace_events(profiled)
     kernels = [event for event in events if event.get("cat") == "kernel"]
     launched = {
         event["args"]["correlation"]: float(event["ts"])

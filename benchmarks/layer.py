@@ -20,6 +20,7 @@ import copy
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -263,9 +264,10 @@ def run_case(
     modules = candidates_of(case, inputs, device)
     rows = wrong_rows(case, inputs, modules)
     candidates = [common.dense_gemm(device, dtype)]
-    for name, module in modules.items():
-        run = _runner(inputs, module)
-        candidates.append(common.Candidate(name, run, case.flops))
+    candidates += [
+        common.Candidate(name, partial(inputs.gradients_of, module), case.flops)
+        for name, module in modules.items()
+    ]
     timings = common.time_turn_about(
         candidates, device, min_seconds=arguments.min_seconds, turns=arguments.turns
     )
@@ -334,10 +336,6 @@ def floor_rows(
         for timing in timings
         if timing.candidate.name != common.DENSE
     ]
-
-
-def _runner(inputs: Inputs, module: Callable[..., torch.Tensor]) -> Callable[[], object]:
-    return lambda: inputs.gradients_of(module)
 
 
 def _print_ratio(case: Case, timings: list[common.Timing]) -> None:

@@ -9,6 +9,7 @@ the same with our experts module in it (P = 1). The compiled pair is torch.compi
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,9 @@ def pair(
 ) -> list[dict[str, Any]]:
     """Time ours and transformers' turn about; the figure is tokens per second."""
     candidates = [
-        common.Candidate(name, _runner(model, optimizer, tokens), float(tokens.numel()))
+        common.Candidate(
+            name, partial(training_step, model, optimizer, tokens), float(tokens.numel())
+        )
         for name, model in models.items()
     ]
     timings = common.time_turn_about(
@@ -101,12 +104,6 @@ def pair(
     ratio = timings[0].ratios(timings[1])
     print(f"{case}: {OURS} is {ratio[1]:.3f} times {PEER} ({ratio[0]:.3f} to {ratio[2]:.3f})")
     return common.speed_rows(timings, case, "tokens/s", 1.0, reference=PEER)
-
-
-def _runner(
-    model: Callable[..., Any], optimizer: torch.optim.Optimizer, tokens: torch.Tensor
-) -> Callable[[], object]:
-    return lambda: training_step(model, optimizer, tokens)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

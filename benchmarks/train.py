@@ -20,7 +20,6 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -271,9 +270,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--num_chunks", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", default="", help="where there is no git checkout")
-    parser.add_argument("--plot", action="store_true", help="write a PNG beside the result file")
+    common.add_output_arguments(parser)
 
 
 def case_of(arguments: argparse.Namespace, most_layers: int) -> Case:

@@ -11,13 +11,10 @@ bytes: it moves P T rows where all-to-all moves T K.
 """
 
 import argparse
-import json
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -260,14 +257,9 @@ def moving_kernel(run: Callable[[], object]) -> tuple[int, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         run()
         torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "trace.json")
-        profiled.export_chrome_trace(path)
-        with open(path) as file:
-            events = json.load(file)["traceEvents"]
     kernels = [
         event
-        for event in events
+        for event in common.trace_events(profiled)
         if event.get("cat") == "kernel" and any(name in event["name"] for name in MOVING_KERNELS)
     ]
     blocks = max((event["args"]["grid"][0] for event in kernels), default=0)
@@ -286,9 +278,7 @@ def main() -> None:
     parser.add_argument("--top_k", type=int, default=2)
     parser.add_argument("--num_experts", type=int, default=8)
     parser.add_argument("--runs", type=int, default=50 if num_gpus > 1 else 5)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", default="", help="where there is no git checkout")
-    parser.add_argument("--plot", action="store_true", help="write a PNG beside the result file")
+    common.add_output_arguments(parser)
     arguments = parser.parse_args()
     device_type = "cuda" if num_gpus else "cpu"
     sizes = (arguments.tokens, arguments.hidden, arguments.top_k, arguments.num_experts)
