@@ -203,26 +203,35 @@ def train_step(
     return mean_over_ranks(output.loss - balancing), float(grad_norm)
 
 
-def train(
+def resume(
+    arguments: argparse.Namespace,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> int:
+    """Load the checkpoint that was asked for; return the step to go on from. Collective."""
+    path = arguments.resume_from_checkpoint
+    if path is None:
+        return 0
+    path = torch_moe_ep.latest_checkpoint(path) or path
+    first_step = torch_moe_ep.load_checkpoint(path, model, optimizer, scheduler=scheduler)
+    if first_step >= arguments.max_steps:
+        raise ValueError(
+            f"{path} is at step {first_step} already, and "
+            f"--max_steps is {arguments.max_steps}; pass a larger --max_steps."
+        )
+    return first_step
+
+
+def open_log(
     arguments: argparse.Namespace,
     model: MixtralForCausalLM,
-    data: corpus.Corpus,
     ranks: Ranks,
     folder: Path,
-) -> float:
-    """Run the loop; return the last validation loss. Collective."""
-    optimizer, scheduler = make_optimizer(arguments, model)
-    first_step = 0
-    if arguments.resume_from_checkpoint:
-        path = arguments.resume_from_checkpoint
-        path = torch_moe_ep.latest_checkpoint(path) or path
-        first_step = torch_moe_ep.load_checkpoint(path, model, optimizer, scheduler=scheduler)
-        if first_step >= arguments.max_steps:
-            raise ValueError(
-                f"{path} is at step {first_step} already, and "
-                f"--max_steps is {arguments.max_steps}; pass a larger --max_steps."
-            )
-    log = RunLog(
+    first_step: int,
+) -> RunLog:
+    """The run's log; rank 0's writes into `folder`."""
+    return RunLog(
         folder,
         arguments.tensorboard_dir or folder / "tensorboard",
         model=model,
@@ -235,30 +244,36 @@ def train(
         max_steps=arguments.max_steps,
         is_writer=ranks.rank == 0,
     )
+
+
+def train(
+    arguments: argparse.Namespace,
+    model: MixtralForCausalLM,
+    data: corpus.Corpus,
+    ranks: Ranks,
+    folder: Path,
+) -> float:
+    """Run the loop; return the last validation loss. Collective."""
+    optimizer, scheduler = make_optimizer(arguments, model)
+    first_step = resume(arguments, model, optimizer, scheduler)
+    log = open_log(arguments, model, ranks, folder, first_step)
     log.reference("unigram of the training text", data.unigram_cross_entropy())
     validation_loss = math.nan
     model.train()
     for step in range(first_step, arguments.max_steps):
         started = time.perf_counter()
         lr = float(scheduler.get_last_lr()[0])
-        tokens = corpus.batch_of_step(
-            data.train,
-            step,
-            arguments.train_batch_size,
-            ranks.rank,
-            ranks.num_ranks,
-            arguments.seed,
-        ).to(ranks.device)
-        loss, grad_norm = train_step(arguments, model, optimizer, tokens)
+        place = (ranks.rank, ranks.num_ranks, arguments.seed)
+        tokens = corpus.batch_of_step(data.train, step, arguments.train_batch_size, *place)
+        loss, grad_norm = train_step(arguments, model, optimizer, tokens.to(ranks.device))
         scheduler.step()
         report = StepReport(step, loss, time.perf_counter() - started, lr, grad_norm)
         log.step(report, print_line=step % arguments.logging_freq == 0)
         num_done = step + 1
-        is_last = num_done == arguments.max_steps
-        if is_last or (arguments.validation_freq and num_done % arguments.validation_freq == 0):
+        if _is_due(arguments, num_done, arguments.validation_freq):
             validation_loss = validate(arguments, model, data.validation, ranks)
             log.validation(num_done, validation_loss)
-        if is_last or (arguments.checkpoint_freq and num_done % arguments.checkpoint_freq == 0):
+        if _is_due(arguments, num_done, arguments.checkpoint_freq):
             torch_moe_ep.save_checkpoint(
                 folder / "checkpoint" / f"step-{num_done}",
                 model,
@@ -269,6 +284,12 @@ def train(
             )
     log.close()
     return validation_loss
+
+
+def _is_due(arguments: argparse.Namespace, num_done: int, frequency: int) -> bool:
+    """Whether so many steps are a multiple of the frequency (0: none is), or all."""
+    is_multiple = frequency > 0 and num_done % frequency == 0
+    return is_multiple or num_done == int(arguments.max_steps)
 
 
 def finish(

@@ -71,7 +71,7 @@ def main() -> None:
     script, arguments = parser.parse_args_into_dataclasses()
     folder = Path(arguments.output_dir) / "data"
     with arguments.main_process_first(desc="preparing the text"):  # joins the process group too
-        if not (folder / "validation.jsonl").exists():
+        if arguments.local_process_index == 0:
             print(corpus.prepare(folder, script.vocab_size, script.block_size))
     data = corpus.load(folder)
     set_seed(arguments.seed)

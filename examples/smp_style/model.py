@@ -32,22 +32,26 @@ def make_config(arguments: argparse.Namespace, vocab_size: int) -> MixtralConfig
     )
 
 
+def build_model(arguments: argparse.Namespace, vocab_size: int, is_meta: bool) -> nn.Module:
+    """The stock model; of a pretrained one rank 0 holds the weights and the others meta tensors."""
+    pretrained = arguments.hf_pretrained_model_name_or_dir
+    dtype = getattr(torch, arguments.param_dtype)
+    torch.manual_seed(arguments.seed)
+    if pretrained and dist.get_rank() == 0:
+        return AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
+    config = make_config(arguments, vocab_size)
+    if pretrained:
+        config = MixtralConfig.from_pretrained(pretrained)
+    with torch.device("meta" if is_meta or pretrained else "cpu"):
+        return MixtralForCausalLM(config).to(dtype)
+
+
 def make_model(arguments: argparse.Namespace, vocab_size: int, device: torch.device) -> nn.Module:
     """Build, transform and wrap the model; weights are drawn, or rank 0's."""
     pretrained = arguments.hf_pretrained_model_name_or_dir
     is_meta = bool(arguments.delayed_param) and not pretrained
-    dtype = getattr(torch, arguments.param_dtype)
-    torch.manual_seed(arguments.seed)
-    if pretrained and dist.get_rank() == 0:
-        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
-    else:
-        with torch.device("meta" if is_meta or pretrained else "cpu"):
-            config = make_config(arguments, vocab_size)
-            if pretrained:
-                config = MixtralConfig.from_pretrained(pretrained)
-            model = MixtralForCausalLM(config).to(dtype)
     model = tsm.transform(
-        model,
+        build_model(arguments, vocab_size, is_meta),
         config=tsm.MoEConfig(moe_load_balancing=arguments.moe_load_balancing),
         load_state_dict_from_rank0=bool(pretrained),
     )

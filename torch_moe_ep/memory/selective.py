@@ -56,11 +56,7 @@ def checkpoint_contexts(keep: str = "routing") -> Callable[[], Contexts]:
     """
     if keep not in KEPT:
         raise ValueError(f'keep must be "routing" or "rows", got {keep!r}.')
-    kept = [
-        getattr(torch.ops.torch_moe_ep, name).default
-        for name in KEPT[keep]
-        if hasattr(torch.ops.torch_moe_ep, name)
-    ]
+    kept = [getattr(torch.ops.torch_moe_ep, name).default for name in KEPT[keep]]
 
     def contexts() -> Contexts:
         forward, recompute = create_selective_checkpoint_contexts(kept)
