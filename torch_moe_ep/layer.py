@@ -118,16 +118,32 @@ class ExpertParallelExperts(nn.Module):
         peer transport and budget="bounded"), and a graph break under torch.compile. P = 1: no
         collective; host syncs of `ops.expert_mlp` only.
         """
-        run = self._pipeline_eagerly if self.ep_group_name else self._pipeline
-        if self.ep_group_name and self.moe_config.dispatcher == "all_gather":
-            run = self._gathered_eagerly
-        elif self.ep_group_name and self.moe_config.num_chunks > 1:
-            run = self._in_chunks_eagerly
-        elif self.uses_peers:
-            run = self._over_peers_eagerly
-        elif self.ranks_per_node:
-            run = self._over_nodes_eagerly
+        run = self._exchange if self.ep_group_name else self._pipeline
         return run(hidden_states, top_k_index, top_k_weights)
+
+    # The number of received rows is known at run time alone: nothing for a compiler to specialise.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _exchange(self, *args: torch.Tensor) -> torch.Tensor:
+        """Run with other ranks, with this layer's name on it where process groups have hooks."""
+        if not label.is_enabled():
+            return self._way()(*args)
+        before = label.exchange(label.layer_id(self.layer_name))
+        try:
+            return self._way()(*args)
+        finally:
+            label.exchange(*before)
+
+    def _way(self) -> Callable[..., torch.Tensor]:
+        """How rows travel, as `apply_expert_parallel` has settled it."""
+        if self.moe_config.dispatcher == "all_gather":
+            return self._gathered
+        if self.moe_config.num_chunks > 1:
+            return partial(run_in_chunks, self)
+        if self.uses_peers:
+            return partial(run_over_peers, self)
+        if self.ranks_per_node:
+            return partial(run_over_nodes, self)
+        return self._pipeline
 
     def _pipeline(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -148,50 +164,9 @@ class ExpertParallelExperts(nn.Module):
         )
         rows, row_weights = ops.dispatch(x, weights, plan, packed)
         del packed
-        y = ops.expert_mlp(
-            rows,
-            row_weights,
-            plan,
-            self._local_weight("gate_up_proj", x.dtype),
-            self._local_weight("down_proj", x.dtype),
-            weight_grad_scale=self.weight_grad_scale,
-            slots_per_pass=config.max_slots,
-            recompute_gate_up=config.recompute == "gate_up",
-            x=None if self.ep_group_name else x,
-        )
+        y = self.expert_mlp(rows, row_weights, plan, x=None if self.ep_group_name else x)
         output = ops.combine(y, plan, tokens_per_expert=self.tokens_per_expert)
         return output.to(hidden_states.dtype).view(hidden_states.shape)
-
-    # The number of received rows is known at run time alone: nothing for a compiler to specialise.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _pipeline_eagerly(self, *args: Any) -> torch.Tensor:
-        return self._labelled(self._pipeline, *args)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _over_nodes_eagerly(self, *args: Any) -> torch.Tensor:
-        return self._labelled(partial(run_over_nodes, self), *args)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _in_chunks_eagerly(self, *args: Any) -> torch.Tensor:
-        return self._labelled(partial(run_in_chunks, self), *args)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _over_peers_eagerly(self, *args: Any) -> torch.Tensor:
-        return self._labelled(partial(run_over_peers, self), *args)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _gathered_eagerly(self, *args: Any) -> torch.Tensor:
-        return self._labelled(self._gathered, *args)
-
-    def _labelled(self, run: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-        """Run with this layer's name on what it exchanges, where process groups have hooks."""
-        if not label.is_enabled():
-            return run(*args)
-        before = label.exchange(label.layer_id(self.layer_name))
-        try:
-            return run(*args)
-        finally:
-            label.exchange(*before)
 
     def _gathered(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -210,16 +185,8 @@ class ExpertParallelExperts(nn.Module):
         rows, row_weights = ops.dispatch(tokens, weights, whole)
         # Slots behind the last own segment hold anything: neither they nor their gradients count.
         is_own = torch.arange(rows.shape[0], device=rows.device) < own.expert_offsets[-1]
-        y = ops.expert_mlp(
-            torch.where(is_own.unsqueeze(1), rows, 0.0),
-            torch.where(is_own, row_weights, 0.0),
-            own,
-            self._local_weight("gate_up_proj", x.dtype),
-            self._local_weight("down_proj", x.dtype),
-            weight_grad_scale=self.weight_grad_scale,
-            slots_per_pass=self.moe_config.max_slots,
-            recompute_gate_up=self.moe_config.recompute == "gate_up",
-        )
+        own_rows = torch.where(is_own.unsqueeze(1), rows, 0.0)
+        y = self.expert_mlp(own_rows, torch.where(is_own, row_weights, 0.0), own)
         parts = ops.combine(torch.where(is_own.unsqueeze(1), y, 0.0), whole)
         output = scatter_sums(parts, group)[: x.shape[0]]
         count: Any = CountCopies.apply
@@ -228,7 +195,38 @@ class ExpertParallelExperts(nn.Module):
         result: torch.Tensor = output.to(hidden_states.dtype).view(hidden_states.shape)
         return result
 
-    def _local_weight(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+    def expert_mlp(
+        self,
+        rows: torch.Tensor,
+        row_weights: torch.Tensor,
+        plan: ops.DispatchPlan | ops.NodePlan | ops.PeerPlan,
+        *,
+        x: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """This rank's experts over rows in their order: `ops.expert_mlp` as configured.
+
+        Args:
+            rows: ``[R, H]``.
+            row_weights: fp32 ``[R]``.
+            plan: of the rows, of any transport.
+            x: tokens ``[T, H]`` that rows are copies of, to be kept in their place.
+
+        Returns:
+            ``[R, H]``. Local; host syncs of `ops.expert_mlp`.
+        """
+        return ops.expert_mlp(
+            rows,
+            row_weights,
+            plan,
+            self.local_weight("gate_up_proj", rows.dtype),
+            self.local_weight("down_proj", rows.dtype),
+            weight_grad_scale=self.weight_grad_scale,
+            slots_per_pass=self.moe_config.max_slots,
+            recompute_gate_up=self.moe_config.recompute == "gate_up",
+            x=x,
+        )
+
+    def local_weight(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """This rank's experts ``[L, ...]``, in the tokens' dtype where nobody has cast them yet."""
         weight = self._parameters[name]
         assert weight is not None

@@ -32,16 +32,7 @@ def run_over_nodes(
         bytes_sent=counter,
     )
     rows, row_weights = ops.node_dispatch(x, top_k_weights.float(), plan, bytes_sent=counter)
-    y = ops.expert_mlp(
-        rows,
-        row_weights,
-        plan,
-        experts._local_weight("gate_up_proj", x.dtype),
-        experts._local_weight("down_proj", x.dtype),
-        weight_grad_scale=experts.weight_grad_scale,
-        slots_per_pass=config.max_slots,
-        recompute_gate_up=config.recompute == "gate_up",
-    )
+    y = experts.expert_mlp(rows, row_weights, plan)
     output = ops.node_combine(
         y, plan, tokens_per_expert=experts.tokens_per_expert, bytes_sent=counter
     )

@@ -47,16 +47,7 @@ def run_over_peers(
     keep = config.received_rows == "keep"
     rows, row_weights = ops.peer_dispatch(x, top_k_weights.float(), plan, keep=keep)
     with contextlib.nullcontext() if keep else rows_dispatched_again(rows, x.detach(), plan):
-        y = ops.expert_mlp(
-            rows,
-            row_weights if keep else row_weights.clone(),
-            plan,
-            experts._local_weight("gate_up_proj", x.dtype),
-            experts._local_weight("down_proj", x.dtype),
-            weight_grad_scale=experts.weight_grad_scale,
-            slots_per_pass=config.max_slots,
-            recompute_gate_up=config.recompute == "gate_up",
-        )
+        y = experts.expert_mlp(rows, row_weights if keep else row_weights.clone(), plan)
     output = ops.peer_combine(y, plan, tokens_per_expert=experts.tokens_per_expert)
     return output.to(hidden_states.dtype).view(hidden_states.shape)
 
