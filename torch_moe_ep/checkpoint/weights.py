@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_moe_ep.integrations.wrapper_names import plain_name
 from torch_moe_ep.parallel.state import ExpertParallelState, iter_experts, states_of
 from torch_moe_ep.parallel.swap import local_box
 
 Box = tuple[slice, ...]
-WRAPPER_NAMES = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 @dataclass(eq=False)
@@ -145,11 +145,6 @@ def _held(weight: Weight) -> torch.Tensor:
     tensor = getattr(module, attribute)
     assert isinstance(tensor, torch.Tensor)
     return tensor.detach()
-
-
-def plain_name(name: str) -> str:
-    """A dotted name without the names that wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPER_NAMES)
 
 
 def _join(module_name: str, attribute: str) -> str:

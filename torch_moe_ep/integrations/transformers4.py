@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torch_moe_ep.integrations.wrapper_names import plain_name
+
 
 class Names(NamedTuple):
     """What a family calls the three weights of an expert."""
@@ -128,8 +130,6 @@ def fused_names(model: nn.Module) -> dict[str, Names]:
 
     Empty for transformers 5. Not collective.
     """
-    from torch_moe_ep.checkpoint.weights import plain_name
-
     return {
         f"{plain_name(name)}.experts": block.hub_names
         for name, block in model.named_modules()

@@ -17,7 +17,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_moe_ep.checkpoint import weights
+from torch_moe_ep.integrations import wrapper_names
 from torch_moe_ep.integrations.peft import base_model
 
 FSDP1_STRATEGIES = {
@@ -94,7 +94,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 def plain_name(name: str) -> str:
     """A parameter's name without the names that wrappers put in."""
-    return weights.plain_name(name.removeprefix("module."))
+    return wrapper_names.plain_name(name.removeprefix("module."))
 
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
