@@ -3,15 +3,19 @@
 import math
 from dataclasses import dataclass
 
-GRADIENTS = ("mean", "sum")
-RECOMPUTES = ("none", "gate_up")
-TRANSPORTS = ("auto", "collective", "hierarchical", "peer")
-BUDGETS = ("exact", "bounded")
-RECEIVED_ROWS = ("keep", "dispatch_again")
-ROUTINGS = ("huggingface", "none", "aux_loss", "sinkhorn", "balanced", "bias")
-ROUTER_DTYPES = (None, "float32")
-AUX_SCOPES = ("local", "global")
-DISPATCHERS = ("all_to_all", "all_gather")
+CHOICES: dict[str, tuple[object, ...]] = {
+    "gradient": ("mean", "sum"),
+    "recompute": ("none", "gate_up"),
+    "transport": ("auto", "collective", "hierarchical", "peer"),
+    "budget": ("exact", "bounded"),
+    "received_rows": ("keep", "dispatch_again"),
+    "dispatcher": ("all_to_all", "all_gather"),
+    "global_token_shuffle": (True, False),
+    "routing": ("huggingface", "none", "aux_loss", "sinkhorn", "balanced", "bias"),
+    "router_dtype": (None, "float32"),
+    "aux_scope": ("local", "global"),
+}
+FACTORS = ("budget_factor", "aux_loss_coeff", "z_loss_coeff", "capacity_factor", "bias_update_rate")
 
 
 @dataclass(frozen=True)
@@ -103,47 +107,34 @@ class MoEConfig:
     bias_update_rate: float = 0.001
 
     def __post_init__(self) -> None:
-        _check_choice("gradient", self.gradient, GRADIENTS)
-        _check_choice("recompute", self.recompute, RECOMPUTES)
-        _check_choice("transport", self.transport, TRANSPORTS)
-        _check_count("max_slots", self.max_slots)
-        _check_count("max_received_rows", self.max_received_rows)
-        _check_choice("dispatcher", self.dispatcher, DISPATCHERS)
-        if self.transport in ("hierarchical", "peer") and self.dispatcher == "all_gather":
-            raise ValueError(
-                f'transport="{self.transport}" carries copies and dispatcher="all_gather" sends '
-                f"none; choose one of them."
-            )
-        _check_choice("budget", self.budget, BUDGETS)
-        _check_choice("received_rows", self.received_rows, RECEIVED_ROWS)
-        _check_factor("budget_factor", self.budget_factor)
+        for name, choices in CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        for name in ("max_slots", "max_received_rows"):
+            _check_count(name, getattr(self, name))
+        for name in FACTORS:
+            _check_factor(name, getattr(self, name))
         if self.budget_factor < 1:
             raise ValueError(f"budget_factor must be at least 1, got {self.budget_factor}.")
-        if (
-            isinstance(self.peer_sms, bool)
-            or not isinstance(self.peer_sms, int)
-            or self.peer_sms < 1
-        ):
-            raise ValueError(
-                f"peer_sms must be a number of multiprocessors, at least 1, got {self.peer_sms!r}."
-            )
-        self._check_num_chunks()
-        _check_choice("global_token_shuffle", self.global_token_shuffle, (True, False))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
-        _check_choice("routing", self.routing, ROUTINGS)
-        _check_choice("router_dtype", self.router_dtype, ROUTER_DTYPES)
-        _check_choice("aux_scope", self.aux_scope, AUX_SCOPES)
-        for name in ("aux_loss_coeff", "z_loss_coeff", "capacity_factor", "bias_update_rate"):
-            _check_factor(name, getattr(self, name))
         if 0 < self.capacity_factor < 1:
             raise ValueError(
                 f"capacity_factor must be at least 1, or 0 for dropless, got "
                 f"{self.capacity_factor}."
             )
+        if not _is_whole(self.peer_sms) or self.peer_sms < 1:
+            raise ValueError(
+                f"peer_sms must be a number of multiprocessors, at least 1, got {self.peer_sms!r}."
+            )
+        if not _is_whole(self.seed):
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}.")
+        if self.transport in ("hierarchical", "peer") and self.dispatcher == "all_gather":
+            raise ValueError(
+                f'transport="{self.transport}" carries copies and dispatcher="all_gather" sends '
+                f"none; choose one of them."
+            )
+        self._check_num_chunks()
 
     def _check_num_chunks(self) -> None:
-        if isinstance(self.num_chunks, bool) or not isinstance(self.num_chunks, int):
+        if not _is_whole(self.num_chunks):
             raise ValueError(f"num_chunks must be a whole number, got {self.num_chunks!r}.")
         if self.num_chunks < 1:
             raise ValueError(
@@ -179,7 +170,7 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
 
 
 def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if not _is_whole(value) or value < 0:  # type: ignore[operator]
         raise ValueError(f"{name} must be a number of rows, or 0 for no bound, got {value!r}.")
 
 
@@ -187,3 +178,7 @@ def _check_factor(name: str, value: object) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type, operator]
         raise ValueError(f"{name} must be a finite number, at least 0, got {value!r}.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

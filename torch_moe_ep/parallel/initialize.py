@@ -1,7 +1,5 @@
 """Initial expert weights that do not depend on how many ranks hold them."""
 
-import hashlib
-
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
@@ -10,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from torch_moe_ep.integrations.transformers import initializer_range
 from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_param_groups, iter_experts
 from torch_moe_ep.parallel.swap import WEIGHT_NAMES, shard_slice
+from torch_moe_ep.seed import seed_of
 
 
 @torch.no_grad()
@@ -65,6 +64,5 @@ def draw_expert(
 ) -> torch.Tensor:
     """One expert's part of a weight, whole, on the CPU; `key` is (seed, layer, parameter)."""
     seed, layer, name = key
-    digest = hashlib.sha256(f"{seed}/{layer}/{expert}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(seed_of(f"{seed}/{layer}/{expert}/{name}"))
     return torch.normal(0.0, std, tuple(shape), generator=generator)

@@ -5,7 +5,6 @@ nothing is drawn while training, so recomputation by activation checkpointing sh
 """
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from torch_moe_ep.gather import all_gather
+from torch_moe_ep.seed import seed_of
 
 
 class _Shuffle(NamedTuple):
@@ -97,8 +97,7 @@ def plan_shuffle(sizes: list[int], rank: int, key: str, device: torch.device) ->
         key: text that seeds the permutation.
         device: of the result's tensors.
     """
-    digest = hashlib.sha256(key.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    generator = torch.Generator().manual_seed(seed_of(key))
     permutation = torch.randperm(sum(sizes), generator=generator)
     bounds = torch.tensor([0, *sizes]).cumsum(0)
     owner = torch.bucketize(torch.arange(sum(sizes)), bounds[1:], right=True)

@@ -5,7 +5,6 @@ the CPU: the same at every number of ranks and every degree, and the whole model
 """
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch_moe_ep.integrations.transformers import find_experts, initializer_ran
 from torch_moe_ep.layer import ExpertParallelExperts
 from torch_moe_ep.parallel.initialize import draw_expert
 from torch_moe_ep.parallel.swap import WEIGHT_NAMES
+from torch_moe_ep.seed import seed_of
 
 
 class DelayedParamIniter:
@@ -60,10 +60,8 @@ class DelayedParamIniter:
         if id(module) in self._experts:
             self._draw_experts(module, name)
         elif not is_tied:
-            key = f"{smp_config.current().random_seed}/{name}"
-            digest = hashlib.sha256(key.encode()).digest()
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                torch.manual_seed(seed_of(f"{smp_config.current().random_seed}/{name}"))
                 _draw(self.model, module)
         if torch.cuda.is_available():
             for tensors in (module._parameters, module._buffers):
