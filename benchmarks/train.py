@@ -285,8 +285,8 @@ def case_of(arguments: argparse.Namespace, most_layers: int) -> Case:
     names = [field.name for field in fields(Case) if field.name in arguments]
     asked = {name: getattr(arguments, name) for name in names}
     layers = arguments.layers or (most_layers if num_gpus > 1 else 2)
-    case = replace(_smallest(), **{**asked, "layers": layers})
-    case = replace(case, has_own_gpu=num_gpus >= case.ranks)
+    own = {"layers": layers, "has_own_gpu": num_gpus >= arguments.ranks}
+    case = Case(**{**asked, **own})
     memory = torch.cuda.get_device_properties(0).total_memory
     return fitted(case, memory if case.has_own_gpu else memory / case.ranks)
 
@@ -300,10 +300,6 @@ def main() -> None:
     arguments = parser.parse_args()
     case = case_of(arguments, WHOLE_LAYERS)
     common.finish("train", run_pair(case, [OURS, PEER_FSDP2]), arguments)
-
-
-def _smallest() -> Case:
-    return Case(layers=1, hidden=256, width=512, sequence=256, batch=1, ranks=2)
 
 
 if __name__ == "__main__":
