@@ -182,7 +182,10 @@ def _pieces(
     if None in keys:
         found = [key for entries in keys.values() for key, _ in entries]
         if len(found) > 1:
-            raise ValueError(f"the folder holds {name} twice, as {found[0]} and {found[1]}.")
+            raise ValueError(
+                f"the folder holds {name} twice, as {found[0]} and {found[1]}; it mixes two "
+                f"layouts, download or export it anew."
+            )
         pieces = [Piece(found[0], (0,) * len(weight.shape), tuple(weight.shape))]
     else:
         pattern = next(key for key in keys if key is not None)

@@ -152,7 +152,7 @@ def _check_divides(name: str, num_experts: int, num_owners: int) -> None:
     if num_experts % num_owners != 0:
         raise ValueError(
             f"the expert-parallel degree must divide the number of experts: {name} has "
-            f"{num_experts} experts, got {num_owners}."
+            f"{num_experts} experts, got {num_owners}; choose a divisor of {num_experts}."
         )
 
 

@@ -98,7 +98,9 @@ class StoredCheckpoint:
         target = torch.empty(box.sizes, dtype=entry.properties.dtype)
         reads = create_read_items_for_chunk_list(name, entry, [box])
         if sum(torch.Size(read.lengths).numel() for read in reads) != target.numel():
-            raise ValueError(f"{name} of {self.folder} is not stored whole.")
+            raise ValueError(
+                f"{name} of {self.folder} is not stored whole; take an earlier checkpoint."
+            )
         self._reader.read_data(LoadPlan(reads), _Target(target)).wait()
         return target
 

@@ -111,7 +111,10 @@ def adapter_misfit(given: nn.Module, experts: dict[str, nn.Module]) -> str | Non
             if layer.weight.requires_grad
         }
         if len(trained) > 1:
-            return f"trainable adapters of {name} must have one dtype, got {sorted(trained)}."
+            return (
+                f"trainable adapters of {name} must have one dtype, got {sorted(trained)}; cast "
+                f"them alike."
+            )
     return None
 
 
