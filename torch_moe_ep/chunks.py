@@ -23,9 +23,7 @@ def run_in_chunks(
     `run_over_peers`).
     """
     config = experts.moe_config
-    x = hidden_states.reshape(-1, hidden_states.size(-1))
-    if torch.is_autocast_enabled(x.device.type):  # rows travel in the dtype of the experts
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = experts.tokens_of(hidden_states)
     weights = top_k_weights.float()
     plan, packed = plan_of_chunks(experts, x, weights, top_k_index)
     output = ops.chunked_experts(

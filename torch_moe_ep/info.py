@@ -32,6 +32,7 @@ from torch_moe_ep._build_info import (
 from torch_moe_ep.integrations.families import ExpertsClass, find_experts_classes
 
 PACKAGES = ("torch_moe_ep", "torch", "transformers", "accelerate", "safetensors", "numpy")
+CPU_KERNELS = "packed panels with AVX2 or AVX-512 for float32, else BLAS per expert"
 NO_LIBRARY = "there is no library for this torch"
 
 
@@ -176,7 +177,7 @@ def kernel_choices(
         Choice("sm90", "hand-written wgmma kernels, bfloat16", sm90),
         Choice("sm80", "hand-written mma.sync kernels, bfloat16", sm80),
         Choice("torch", "torch's own GEMMs on CUDA, every type", cuda),
-        Choice("cpu", "BLAS per expert", NO_LIBRARY if build is None else None),
+        Choice("cpu", CPU_KERNELS, NO_LIBRARY if build is None else None),
     ]
 
 

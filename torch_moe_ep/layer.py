@@ -149,9 +149,7 @@ class ExpertParallelExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         config = self.moe_config
-        x = hidden_states.reshape(-1, hidden_states.size(-1))
-        if torch.is_autocast_enabled(x.device.type):  # rows travel in the dtype of the experts
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.tokens_of(hidden_states)
         weights = top_k_weights.float()
         plan, packed = ops.plan_and_pack(
             x,
@@ -194,6 +192,13 @@ class ExpertParallelExperts(nn.Module):
         output = count(output, copies, self.tokens_per_expert)
         result: torch.Tensor = output.to(hidden_states.dtype).view(hidden_states.shape)
         return result
+
+    def tokens_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[..., H]`` as ``[T, H]``, under autocast in its dtype: rows travel so."""
+        x = hidden_states.reshape(-1, hidden_states.size(-1))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
 
     def expert_mlp(
         self,

@@ -21,7 +21,7 @@ def run_over_nodes(
     Collective over the EP group, one host sync on CUDA (see `ops.node_plan`).
     """
     config, counter = experts.moe_config, experts.bytes_between_nodes
-    x = hidden_states.reshape(-1, hidden_states.size(-1))
+    x = experts.tokens_of(hidden_states)
     plan = ops.node_plan(
         top_k_index,
         experts.num_global_experts,

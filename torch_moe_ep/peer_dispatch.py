@@ -31,9 +31,7 @@ def run_over_peers(
     memory, budget="bounded" for nothing after the first training forward (see `capacity_of`).
     """
     config = experts.moe_config
-    x = hidden_states.reshape(-1, hidden_states.size(-1))
-    if torch.is_autocast_enabled(x.device.type):  # rows travel in the dtype of the experts
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = experts.tokens_of(hidden_states)
     plan = ops.peer_plan(
         top_k_index,
         experts.num_global_experts,
