@@ -256,7 +256,7 @@ def as_text(info: Info) -> str:
     for title, choices in (("kernels", info.kernels), ("transports", info.transports)):
         for choice in choices:
             state = f"no: {choice.obstacle}" if choice.obstacle else "yes"
-            lines.append(f"{title:<14} {choice.name:<11} {choice.what}: {state}")
+            lines.append(f"{title:<14} {choice.name:<12} {choice.what}: {state}")
             title = ""  # noqa: PLW2901
     lines += [f"{name}={value}" for name, value in info.environment.items()]
     return "\n".join(lines)
