@@ -181,7 +181,7 @@ def test_slowest_rank_counts_in_each_turn() -> None:
 @pytest.mark.parametrize("layers", [1, 3])
 def test_train_counts_parameters_as_transformers_does(layers: int) -> None:
     """All but the norms, which the formula rounds up to 8 H a layer."""
-    case = replace(train._smallest(), layers=layers, hidden=256, width=512)
+    case = train.Case(layers, hidden=256, width=512, sequence=256, batch=1, ranks=2)
     with torch.device("meta"):
         model = train.MixtralForCausalLM(case.config)
     counted = sum(parameter.numel() for parameter in model.parameters())
@@ -196,7 +196,7 @@ def test_train_counts_parameters_as_transformers_does(layers: int) -> None:
 
 
 def test_train_keeps_fp32_parameters_and_activations_where_they_fit() -> None:
-    whole = replace(train._smallest(), layers=32, hidden=4096, width=14336, sequence=4096)
+    whole = train.Case(32, hidden=4096, width=14336, sequence=4096, batch=1, ranks=2)
     assert train.fitted(replace(whole, ranks=8), 141e9).parameters == "float32"
     four = train.fitted(replace(whole, ranks=4), 141e9)
     assert (four.parameters, four.layers) == ("bfloat16", 32)
