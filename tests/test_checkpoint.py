@@ -17,9 +17,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from transformers import MixtralForCausalLM
+from transformers.utils import logging
 
 import torch_moe_ep
 from torch_moe_ep import apply_expert_parallel, init_device_mesh
+from torch_moe_ep.checkpoint.hub_writer import save_config
 from torch_moe_ep.checkpoint.weights import inner_model
 from torch_moe_ep.testing import tiny_mixtral
 from torch_moe_ep.testing.parallel import from_rank0, full_parameters, wrap
@@ -113,6 +115,48 @@ def test_model_without_its_fsdp1_wrapper_is_refused(ranks, tmp_path):
     said = ranks(2).run(refuse_without_wrapper, Run("fsdp1", 2, 2), str(tmp_path))
     assert "pass the wrapper" in said[0][0]
     assert said[0] == said[1]
+
+
+def refuse_misfits(folder: str) -> list[str]:
+    """What `load_checkpoint` says to another model, another optimizer and swapped arguments."""
+    run = Run("fsdp2", 2, 2)
+    model = build(run)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch_moe_ep.save_checkpoint(folder, model, sgd)
+    wider = build(Run("fsdp2", 2, 2, model={"vocab_size": 512}))
+    before = full_parameters(wider)
+    attempts = (
+        lambda: torch_moe_ep.load_checkpoint(folder, wider),
+        lambda: torch_moe_ep.load_checkpoint(folder, model, torch.optim.AdamW(model.parameters())),
+        lambda: torch_moe_ep.load_checkpoint(model, folder),
+        lambda: torch_moe_ep.save_checkpoint(model, folder),
+        lambda: torch_moe_ep.export_hf(folder, model),
+        lambda: torch_moe_ep.load_hf(folder, model),
+    )
+    said = []
+    for attempt in attempts:
+        with pytest.raises(ValueError) as caught:
+            attempt()
+        said.append(str(caught.value))
+    after = full_parameters(wider)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    return said
+
+
+def test_checkpoint_that_does_not_fit_is_refused_in_a_sentence_on_every_rank(ranks, tmp_path):
+    folder = str(tmp_path / "step-1")
+    said, other = ranks(2).run(refuse_misfits, folder)
+    assert said == other
+    assert f"{folder} does not fit" in said[0] and "Size mismatch" in said[0]
+    assert "embed_tokens" in said[0] and f"its config is in {folder}/hf" in said[0]
+    assert "Missing key" in said[1] and "Traceback" not in said[0] + said[1]
+    assert all("model must be a torch.nn.Module, got str" in words for words in said[2:])
+
+
+def test_save_writes_no_progress_bar_for_a_config_and_leaves_the_users_on(capfd, tmp_path):
+    save_config(tiny_mixtral(), tmp_path)
+    assert (tmp_path / "config.json").is_file() and "0it" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
 
 
 def resumed_on_rank(run: Run, folder: str):

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import filesystem
 import torch_moe_ep
 from torch_moe_ep import load_checkpoint, load_data_state, save_checkpoint, wait_for_checkpoint
 from torch_moe_ep.checkpoint import save as save_module
+from torch_moe_ep.checkpoint.rank_state import pack
 from torch_moe_ep.metrics import expert_load
 from torch_moe_ep.testing.parallel import full_parameters
 
@@ -114,7 +115,7 @@ def test_scheduler_data_position_and_counters_come_back(ranks, tmp_path):
 def refuse_objects(path: str) -> None:
     model = build(RUN)
     state = {"loader": threading.Lock()} if dist.get_rank() == 1 else None
-    with pytest.raises(ValueError, match=r"rank 1: data_state cannot be saved .* may hold tensors"):
+    with pytest.raises(ValueError, match=r"rank 1: data_state cannot be saved .*lock.* may hold"):
         save_checkpoint(path, model, data_state=state)
     assert not Path(path).exists()
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
@@ -123,6 +124,13 @@ def refuse_objects(path: str) -> None:
 
 def test_data_state_of_other_objects_is_refused_on_every_rank(ranks, tmp_path):
     ranks(2).run(refuse_objects, str(tmp_path / "a"))
+
+
+def test_object_that_cannot_be_loaded_safely_is_named_by_its_class():
+    with pytest.raises(
+        ValueError, match=r"data_state cannot be saved \(it holds a pathlib\S+\); it"
+    ):
+        pack({"folder": Path("data")}, "data_state")
 
 
 class Gate:

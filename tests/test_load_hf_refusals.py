@@ -178,3 +178,9 @@ def unpatched_on_rank(folder: str) -> None:
 
 def test_load_hf_refuses_an_unpatched_model(ranks, folder):
     ranks(1).run(unpatched_on_rank, str(folder))
+
+
+def test_load_hf_says_how_a_model_of_the_hub_becomes_a_folder(ranks):
+    name = "mistralai/Mixtral-8x7B-v0.1"
+    for said in ranks(2).run(message_of, Run("none", 2, 2), name):
+        assert f"{name} is no folder" in said and "snapshot_download" in said

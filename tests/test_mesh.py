@@ -38,7 +38,9 @@ def message_of_mesh(*degrees: int) -> str:
 @pytest.mark.parametrize(
     ("degrees", "message"),
     [
-        ((3,), "3 * 1 does not divide 4"),
+        ((3,), "expert_parallel_degree must divide the number of ranks: 3 does not divide 4"),
+        (("2",), "expert_parallel_degree must be a whole number of ranks, got '2' (str)"),
+        ((2, 1.0), "hybrid_shard_degree must be a whole number of ranks, got 1.0 (float)"),
         ((2, 4), "2 * 4 does not divide 4"),
         ((0,), "expert_parallel_degree must be at least 1, got 0"),
         ((2, -1), "hybrid_shard_degree must be 0"),

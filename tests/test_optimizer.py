@@ -13,7 +13,7 @@ from parallel_cases import Run, backward, build
 
 import torch_moe_ep
 from torch_moe_ep.testing import assert_close, batch_of, tiny_mixtral
-from torch_moe_ep.testing.parallel import from_rank0, full_parameters
+from torch_moe_ep.testing.parallel import from_rank0, full_parameters, wrap
 from torch_moe_ep.testing.reference import reference_steps
 
 STEPS = 3
@@ -138,3 +138,22 @@ def test_invalid_expert_id_flag_stops_step_on_every_rank(ranks):
     for message, is_unchanged in ranks(2).run(invalid_id_on_rank, Run("fsdp2", 2, 2)):
         assert "expert ids outside of" in message and "ranks [1]" in message
         assert is_unchanged
+
+
+def optimizer_of_the_model_before_the_patch(kind: str) -> str:
+    """What the step of an optimizer says that was built too early; a later one works."""
+    model, mesh = tiny_mixtral(), torch_moe_ep.init_device_mesh("cpu", 2)
+    early = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model = wrap(torch_moe_ep.apply_expert_parallel(model, mesh), kind, mesh)
+    model(**batch_of(dist.get_rank())).loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-2).step()
+    with pytest.raises(ValueError) as error:
+        early.step()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "none"])
+def test_optimizer_built_before_the_patch_is_refused_at_its_step(ranks, kind):
+    for said in ranks(2).run(optimizer_of_the_model_before_the_patch, kind):
+        assert "AdamW holds expert weights of the model before apply_expert_parallel" in said
+        assert "build the optimizer after" in said

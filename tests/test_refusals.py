@@ -46,6 +46,10 @@ def cast_half_of_one(model: nn.Module) -> None:
     experts.down_proj = nn.Parameter(experts.down_proj.detach().bfloat16())
 
 
+def double_all(model: nn.Module) -> None:
+    model.double()
+
+
 def freeze_one(model: nn.Module) -> None:
     experts_of(model).down_proj.requires_grad_(False)
 
@@ -120,6 +124,7 @@ MODELS = {
     "own_gate": (set_own_gate, r"ClampedExperts.*_apply_gate"),
     "int8_weight": (quantise, "quantised experts"),
     "dtypes": (cast_half_of_one, "one dtype"),
+    "float64": (double_all, r"must be float32, bfloat16 or float16, got float64; cast the model"),
     "frozen": (freeze_one, "partly frozen"),
     "meta": (move_one_to_meta, "on one device"),
     "shared": (share_weight, "share a weight"),

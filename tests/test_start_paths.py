@@ -1,6 +1,7 @@
 """Ways to start: meta device, weights from rank 0, frozen experts, every layer's class kept."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -38,6 +39,28 @@ def test_sync_from_rank0_gives_every_rank_its_slice(ranks, kind, others):
     run = Run(kind, 4, 2)
     grads = ranks(4).run(synced_gradients, run, others)[0]
     assert_close(grads, reference_of(run)[1], 1e-5)
+
+
+def warnings_of_weights(seed: int, is_synced: bool) -> list[str]:
+    """Messages of the patch on one rank; `is_synced` takes rank 0's experts."""
+    model = tiny_mixtral()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name.startswith("model.layers.1.mlp.experts"):
+                param.add_(seed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        apply_expert_parallel(model, init_device_mesh("cpu", 2), sync_from_rank0=is_synced)
+    return [str(w.message) for w in caught if "different weights" in str(w.message)]
+
+
+def test_ranks_with_different_weights_are_warned_of_on_rank_0(ranks):
+    said = ranks(4).run(warnings_of_weights, False, arg_of_rank=[0, 0, 7, 8])
+    assert said[1:] == [[], [], []] and len(said[0]) == 1
+    assert "ranks 0 and 2 hold different weights" in said[0][0]
+    assert "model.layers.1.mlp.experts.gate_up_proj" in said[0][0]
+    for seeds, is_synced in (([0] * 4, False), ([0, 1, 2, 3], True)):
+        assert ranks(4).run(warnings_of_weights, is_synced, arg_of_rank=seeds) == [[]] * 4
 
 
 def from_meta(run: Run):

@@ -11,8 +11,19 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torch_moe_ep.checkpoint.folder import on_rank0
-from torch_moe_ep.checkpoint.hub_writer import MAX_SHARD_BYTES, HubConverter, HubWriter
-from torch_moe_ep.checkpoint.weights import Weight, each_tensor, find_weights, inner_model
+from torch_moe_ep.checkpoint.hub_writer import (
+    MAX_SHARD_BYTES,
+    HubConverter,
+    HubWriter,
+    save_config,
+)
+from torch_moe_ep.checkpoint.weights import (
+    Weight,
+    check_is_model,
+    each_tensor,
+    find_weights,
+    inner_model,
+)
 from torch_moe_ep.integrations.peft import has_adapters
 
 
@@ -39,6 +50,7 @@ def export_hf(
 
     Collective over all ranks (one gather and one small broadcast per weight); syncs the host.
     """
+    check_is_model(model)
     inner: Any = inner_model(model)
     if not hasattr(inner, "save_pretrained"):
         raise ValueError(
@@ -85,8 +97,7 @@ class HubExport:
     def begin(self) -> None:
         """Write the config and make way for the weights."""
         self.writer = HubWriter(self.folder, self.max_shard_bytes)
-        # Without weights it writes config, generation config and custom code alone.
-        self.inner.save_pretrained(self.folder, state_dict={})
+        save_config(self.inner, self.folder)
         blanks = {
             weight.names[0]: torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             for weight in self.weights

@@ -119,6 +119,11 @@ class HubFiles:
 
     def _read_index(self) -> dict[str, str]:
         path = self.folder / INDEX
+        if not self.folder.is_dir():
+            raise ValueError(
+                f"{self.folder} is no folder on this machine; a model of the hub is downloaded "
+                f"first: huggingface_hub.snapshot_download(name) returns its folder."
+            )
         if not path.is_file():
             raise ValueError(
                 f"{self.folder} holds neither {SINGLE} nor {INDEX}; load_hf reads safetensors only "

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch_moe_ep.checkpoint.folder import raise_alike
 from torch_moe_ep.checkpoint.hub_files import HubFiles, LoadReport
 from torch_moe_ep.checkpoint.hub_names import Piece, Source, find_sources
-from torch_moe_ep.checkpoint.weights import Box, Weight, each_tensor, find_weights
+from torch_moe_ep.checkpoint.weights import Box, Weight, check_is_model, each_tensor, find_weights
 from torch_moe_ep.integrations.peft import base_name, is_adapter_name
 from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_param_groups, states_of
 
@@ -46,6 +46,7 @@ def load_hf(model: nn.Module, folder: str | os.PathLike[str]) -> LoadReport:
     Collective over all ranks (two exchanges of small objects; one gather per unit under FSDP1).
     Syncs the host.
     """
+    check_is_model(model)
     states = states_of(model)
     if not states:
         raise ValueError(

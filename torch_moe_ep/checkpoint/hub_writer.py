@@ -7,6 +7,7 @@ transformers nor `load_hf` takes it for a model.
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,22 @@ _OLD_FILES = re.compile(r"model(-\d{5}(-of-\d{5})?)?\.safetensors(\.index\.json)
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
 Tensors = dict[str, torch.Tensor]
+
+
+def save_config(model: Any, folder: Path) -> None:
+    """Write config, generation config and custom code of a transformers model, without weights.
+
+    transformers counts the files of weights on a progress bar, of which there are none ("0it").
+    """
+    logging: Any = sys.modules.get("transformers.utils.logging")
+    has_bar = logging is not None and logging.is_progress_bar_enabled()
+    if has_bar:
+        logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder, state_dict={})
+    finally:
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 class HubWriter:

@@ -10,13 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from torch_moe_ep.checkpoint.folder import complete_checkpoints, find_complete, on_rank0
+from torch_moe_ep.checkpoint.folder import (
+    HUB_FOLDER,
+    complete_checkpoints,
+    find_complete,
+    on_rank0,
+)
 from torch_moe_ep.checkpoint.rank_state import (
     COMMON,
     rank_key,
@@ -28,6 +34,8 @@ from torch_moe_ep.checkpoint.rank_state import (
 from torch_moe_ep.checkpoint.rng import set_rng_state
 from torch_moe_ep.checkpoint.save import wait_for_checkpoint
 from torch_moe_ep.checkpoint.weights import check_wrappers
+
+MISFITS = ("Size mismatch", "Missing key")  # how torch begins what its load planner finds
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
@@ -67,9 +75,10 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: on every rank: no complete checkpoint at `path`.
         ValueError: on every rank, before anything changes: it has no optimizer or no scheduler,
-            or the model came without the FSDP1 wrapper around it.
+            a weight or state is missing or has another shape, or the model came without the FSDP1
+            wrapper around it.
         RuntimeError: a save in the background failed (see `save_checkpoint`).
-        CheckpointException: from torch, for a missing weight or another shape.
+        CheckpointException: from torch, when a file cannot be read.
 
     Collective over all ranks; syncs the host. Weights and states come back bit for bit.
     """
@@ -142,7 +151,7 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def _load_model(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
     state = sharded_state(model, optimizer)
-    load(state, checkpoint_id=folder)
+    _load_fitting(folder, state)
     if optimizer is None:
         set_model_state_dict(model, state["model"])
         return
@@ -152,6 +161,21 @@ def _load_model(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> 
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
+
+
+def _load_fitting(folder: Path, state: dict[str, Any]) -> None:
+    """Fill `state` from the files; torch's traceback of every rank becomes one sentence."""
+    try:
+        load(state, checkpoint_id=folder)
+    except CheckpointException as error:
+        reasons = [str(error.failures[rank][0]) for rank in sorted(error.failures)]
+        misfit = next((reason for reason in reasons if reason.startswith(MISFITS)), None)
+        if misfit is None:  # a damaged or missing file
+            raise
+        raise ValueError(
+            f"{folder} does not fit the model or the optimizer: {misfit.removesuffix('.')}; build "
+            f"both as the run that saved it did (its config is in {folder / HUB_FOLDER})."
+        ) from None
 
 
 def _load_routing(folder: Path, saved: Metadata, model: nn.Module) -> None:

@@ -7,6 +7,7 @@ routing's own tensors.
 """
 
 import io
+import re
 from typing import Any
 
 import torch
@@ -47,10 +48,18 @@ def pack(value: Any, what: str) -> torch.Tensor:
         torch.load(buffer, weights_only=True)
     except Exception as error:  # pickle and torch raise errors of many kinds
         raise ValueError(
-            f"{what} cannot be saved ({type(error).__name__}: {str(error).splitlines()[0]}); it "
-            f"may hold tensors, numbers, strings, None, and dicts, lists and tuples of them."
+            f"{what} cannot be saved ({_obstacle(error)}); it may hold tensors, numbers, strings, "
+            f"None, and dicts, lists and tuples of them."
         ) from error
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _obstacle(error: Exception) -> str:
+    """What cannot be saved, by its class; torch says so far behind its advice for loading."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found is not None:
+        return f"it holds a {found[1]}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def unpack(packed: torch.Tensor) -> Any:

@@ -32,6 +32,7 @@ from torch_moe_ep.checkpoint.folder import (
     shared_failure,
     write_marker,
 )
+from torch_moe_ep.checkpoint.hub_writer import save_config
 from torch_moe_ep.checkpoint.rank_state import collect_host, routing_state, sharded_state
 from torch_moe_ep.checkpoint.weights import check_wrappers, inner_model
 from torch_moe_ep.parallel.state import states_of
@@ -164,7 +165,7 @@ def _open(folder: Path, model: nn.Module) -> None:
     partial = open_partial(folder)
     inner: Any = inner_model(model)
     if hasattr(inner, "save_pretrained"):  # writes the config alone
-        inner.save_pretrained(partial / HUB_FOLDER, state_dict={})
+        save_config(inner, partial / HUB_FOLDER)
 
 
 def _close(folder: Path, marker: dict[str, Any], num_kept: int | None) -> None:

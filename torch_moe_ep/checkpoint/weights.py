@@ -57,11 +57,22 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model if compiled is None else inner_model(compiled)
 
 
+def check_is_model(model: object) -> None:
+    """Refuse what is no module, such as a path: checkpoints take it first, exports second."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; call save_checkpoint"
+            f"(path, model) and load_checkpoint(path, model), but export_hf(model, folder) and "
+            f"load_hf(model, folder)."
+        )
+
+
 def check_wrappers(model: nn.Module) -> None:
     """Refuse a model without the FSDP1 wrappers around it: its weights are pieces of flat shards.
 
     Not collective; all ranks wrap alike and raise alike.
     """
+    check_is_model(model)
     inside = {id(module) for module in model.modules()}
     for state in states_of(model):
         for wrapper in state.fsdp1_modules():

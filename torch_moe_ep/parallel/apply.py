@@ -57,7 +57,8 @@ def apply_expert_parallel(
         offload_policy: FSDP2's offload policy for the experts' shards, gradients and optimizer
             state; the policy of the user's own `fully_shard` does not reach them.
         sync_from_rank0: take global rank 0's expert weights; other ranks may then hold anything,
-            also meta tensors. Without it every rank must hold the same weights.
+            also meta tensors. Without it every rank must hold the same weights; a warning on rank
+            0 says where one number of each expert weight differs.
         reshard_after_forward: free gathered expert weights after forward and gather them again
             in backward (FSDP2's meaning).
 

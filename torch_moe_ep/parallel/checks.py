@@ -33,6 +33,7 @@ from torch_moe_ep.parallel.mesh import mesh_misfit
 from torch_moe_ep.parallel.nodes import RANKS_PER_NODE, node_note, nodes_misfit, override_misfit
 from torch_moe_ep.parallel.peers import peer_note, peers_misfit
 from torch_moe_ep.parallel.swap import WEIGHT_NAMES
+from torch_moe_ep.parallel.weight_check import warn_of_different_weights, weights_note
 
 MIN_TORCH = (2, 11)
 
@@ -78,10 +79,20 @@ def check_request(request: Request) -> dict[str, nn.Module]:
         "settings": _settings(request, experts) if reason is None else {},
         "is_meta": any(param.is_meta for _, param in _named_weights(experts)),
         "is_synced": request.sync_from_rank0,
+        "weights": weights_note(dict(_named_weights(experts)))
+        if reason is None and not request.sync_from_rank0
+        else {},
         "node": node_note(request.config, request.mesh["ep"].size()) if reason is None else {},
         "peer": peer_note(request.config, request.mesh) if reason is None else {},
     }
-    agree("apply_expert_parallel", note, _verdict)
+    held: list[dict[str, str]] = []
+
+    def judge(notes: list[dict[str, Any]]) -> str | None:
+        held[:] = [other["weights"] for other in notes]
+        return _verdict(notes)
+
+    agree("apply_expert_parallel", note, judge)
+    warn_of_different_weights(held)
     return experts
 
 
@@ -210,6 +221,11 @@ def _uniform_misfit(_request: Request, experts: dict[str, nn.Module]) -> str | N
     if len({id(param) for param in params}) != len(params):
         return "two experts modules share a weight; untie them first."
     dtypes = {str(param.dtype) for param in params}
+    if "torch.float64" in dtypes:
+        return (
+            "expert weights must be float32, bfloat16 or float16, got float64; cast the model "
+            "(model.float())."
+        )
     if len(dtypes) > 1:
         return f"expert weights must have one dtype, got {sorted(dtypes)}; cast them (model.to)."
     devices = {str(param.device) for param in params}

@@ -62,6 +62,14 @@ def grid_shape(
     Raises:
         ValueError: a degree out of range, or P * S does not divide W.
     """
+    for name, degree in (
+        ("expert_parallel_degree", expert_parallel_degree),
+        ("hybrid_shard_degree", hybrid_shard_degree),
+    ):
+        if not hasattr(degree, "__index__"):
+            raise ValueError(
+                f"{name} must be a whole number of ranks, got {degree!r} ({type(degree).__name__})."
+            )
     if expert_parallel_degree < 1:
         raise ValueError(
             f"expert_parallel_degree must be at least 1, got {expert_parallel_degree}."
@@ -73,10 +81,12 @@ def grid_shape(
         )
     group_size = expert_parallel_degree * max(1, hybrid_shard_degree)
     if world_size < 1 or world_size % group_size != 0:
+        names, values = "expert_parallel_degree", f"{expert_parallel_degree}"
+        if hybrid_shard_degree > 0:
+            names, values = f"{names} * hybrid_shard_degree", f"{values} * {hybrid_shard_degree}"
         raise ValueError(
-            f"expert_parallel_degree * hybrid_shard_degree must divide the number of ranks: "
-            f"{expert_parallel_degree} * {max(1, hybrid_shard_degree)} does not divide "
-            f"{world_size}; change a degree or the number of ranks."
+            f"{names} must divide the number of ranks: {values} does not divide {world_size}; "
+            f"change a degree or the number of ranks."
         )
     shard_degree = hybrid_shard_degree or world_size // expert_parallel_degree
     replicas = world_size // (expert_parallel_degree * shard_degree)

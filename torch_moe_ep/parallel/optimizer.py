@@ -26,6 +26,7 @@ from torch_moe_ep.routing.bias import move_biases
 Group = dict[str, Any]
 
 _joined_groups: "weakref.WeakKeyDictionary[Optimizer, list[Group]]" = weakref.WeakKeyDictionary()
+_replaced: "weakref.WeakValueDictionary[int, nn.Parameter]" = weakref.WeakValueDictionary()
 _are_hooks_registered = False
 
 
@@ -69,6 +70,14 @@ def param_groups(model: nn.Module, *, weight_decay: float) -> list[Group]:
     return [group for group in groups if group["params"]]
 
 
+def remember_replaced(param: nn.Parameter) -> None:
+    """Note a whole expert weight that the patch takes out of the model; holds no reference to it.
+
+    An optimizer that was built before the patch holds it still, and would step it in vain.
+    """
+    _replaced[id(param)] = param
+
+
 def register_step_hooks() -> None:
     """Register the two step hooks, once per process."""
     global _are_hooks_registered
@@ -80,6 +89,7 @@ def register_step_hooks() -> None:
 
 def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     _join_groups(optimizer)
+    _check_not_replaced(optimizer)
     states = _stepped_states(optimizer)
     if not states:
         return
@@ -94,6 +104,18 @@ def _after_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     _join_groups(optimizer)
     for state in _stepped_states(optimizer):
         move_biases(state.routers.values())
+
+
+def _check_not_replaced(optimizer: Optimizer) -> None:
+    if not _replaced:  # the usual case: nobody holds them, so they are gone
+        return
+    for group in optimizer.param_groups:
+        if any(_replaced.get(id(param)) is param for param in group["params"]):
+            raise ValueError(
+                f"the {type(optimizer).__name__} holds expert weights of the model before "
+                f"apply_expert_parallel, and would train nothing; build the optimizer after "
+                f"apply_expert_parallel and FSDP."
+            )
 
 
 def _stepped_states(optimizer: Optimizer) -> list[ExpertParallelState]:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from torch_moe_ep.config import MoEConfig
 from torch_moe_ep.layer import ExpertParallelExperts
+from torch_moe_ep.parallel.optimizer import remember_replaced
 from torch_moe_ep.parallel.state import ExpertParallelState
 
 WEIGHT_NAMES = ("gate_up_proj", "down_proj")
@@ -41,7 +42,9 @@ def swap_experts(
     ep_mesh = state.mesh["ep"]
     num_experts = _weight(module, WEIGHT_NAMES[0]).shape[0]
     for name in WEIGHT_NAMES:
-        module._parameters[name] = shard_weight(_weight(module, name), state, sync_from_rank0)
+        whole = _weight(module, name)
+        remember_replaced(whole)
+        module._parameters[name] = shard_weight(whole, state, sync_from_rank0)
     module.__class__ = expert_parallel_class(type(module))
     assert isinstance(module, ExpertParallelExperts)
     module.setup_expert_parallel(
