@@ -4,6 +4,7 @@ Traps 2 (Adam hides a wrong scale: the SGD step is compared) and 20 (mixed meshe
 fused optimizers).
 """
 
+import warnings
 from typing import Any
 
 import pytest
@@ -157,3 +158,27 @@ def test_optimizer_built_before_the_patch_is_refused_at_its_step(ranks, kind):
     for said in ranks(2).run(optimizer_of_the_model_before_the_patch, kind):
         assert "AdamW holds expert weights of the model before apply_expert_parallel" in said
         assert "build the optimizer after" in said
+
+
+def warnings_of_steps(run: Run, calls_average: bool) -> list[str]:
+    """Messages of two steps of a script that clips and steps, and may forget to average."""
+    model = build(run)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(2):
+            model(**batch_of(dist.get_rank(), step=step)).loss.backward()
+            if calls_average:
+                torch_moe_ep.average_gradients(model)
+            optimizer.step()
+    return [str(w.message) for w in caught if "drift apart" in str(w.message)]
+
+
+def test_dense_gradients_that_nothing_averages_are_warned_of_once_on_rank_0(ranks):
+    bare = Run("none", 2, 2)
+    said = ranks(2).run(warnings_of_steps, bare, False)
+    assert len(said[0]) == 1 and said[1] == []
+    assert "average_gradients(model) was not called" in said[0][0]
+    assert ranks(2).run(warnings_of_steps, bare, True) == [[], []]
+    for kind in ("fsdp2", "fsdp1", "ddp"):
+        assert ranks(2).run(warnings_of_steps, Run(kind, 2, 2), False) == [[], []]

@@ -1,12 +1,14 @@
 """Gradient averaging for models without FSDP or DDP around them."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from torch_moe_ep.parallel.state import iter_experts, states_of
+from torch_moe_ep.parallel.state import ExpertParallelState, iter_experts, states_of
 
 BUCKET_ELEMENTS = 1 << 25  # bounds the extra memory: 128 MiB of fp32 per all-reduce
 
@@ -28,6 +30,8 @@ def average_gradients(model: nn.Module) -> None:
     Syncs the host once, to learn which gradients exist anywhere. Same bits on every rank.
     """
     params = _dense_parameters(model)
+    for state in states_of(model):
+        state.is_averaging_known = True
     if not params or not dist.is_initialized():
         return
     device = params[0].device
@@ -39,6 +43,26 @@ def average_gradients(model: nn.Module) -> None:
             param.grad = torch.zeros_like(param)
     for bucket in _buckets([param.grad for param in present if param.grad is not None]):
         _average_bucket(bucket)
+
+
+def warn_of_unaveraged(state: ExpertParallelState) -> None:
+    """Warn once, on rank 0, where nothing averages a model's dense gradients; at its first step.
+
+    Local; looks at modules alone.
+    """
+    if state.is_averaging_known:
+        return
+    state.is_averaging_known = True
+    is_wrapped = state.wrappers() or state.fsdp1_modules() or state.fsdp2_modules()
+    if is_wrapped or state.mesh.size() == 1 or dist.get_rank() > 0:
+        return
+    if _dense_parameters(state.model):
+        warnings.warn(
+            f"no FSDP or DDP is around the model and average_gradients(model) was not called: "
+            f"dense weights of the {state.mesh.size()} ranks will drift apart. Call it after each "
+            f"backward, unless the script averages dense gradients itself.",
+            stacklevel=2,
+        )
 
 
 def _dense_parameters(model: nn.Module) -> list[nn.Parameter]:

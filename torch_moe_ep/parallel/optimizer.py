@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from torch_moe_ep.parallel.average import warn_of_unaveraged
 from torch_moe_ep.parallel.flags import check_flags
 from torch_moe_ep.parallel.state import ExpertParallelState, live_states
 from torch_moe_ep.routing.bias import move_biases
@@ -95,6 +96,7 @@ def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         return
     unchecked = [state for state in states if not state.is_flag_checked]
     for state in states:
+        warn_of_unaveraged(state)
         state.is_flag_checked = False
     check_flags(unchecked)
     _split_groups(optimizer)

@@ -44,6 +44,7 @@ class ExpertParallelState:
         is_started: a forward has run, so wrappers and dtypes are settled.
         is_flag_checked: clipping has read the flags of this step already.
         is_batch_checked: the batches of the EP group's ranks have been compared.
+        is_averaging_known: dense gradients are averaged, or the user was warned that nothing does.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class ExpertParallelState:
     is_started: bool = False
     is_flag_checked: bool = False
     is_batch_checked: bool = False
+    is_averaging_known: bool = False
 
     @property
     def device(self) -> torch.device:
