@@ -159,6 +159,35 @@ def test_save_writes_no_progress_bar_for_a_config_and_leaves_the_users_on(capfd,
     assert logging.is_progress_bar_enabled()
 
 
+def refuse_different_calls(rank: int, folder: str) -> list[str]:
+    """What `save_checkpoint` says where ranks name different folders, steps or optimizers."""
+    model = build(Run("fsdp2", 2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attempts = (
+        {"path": f"{folder}/at-{rank}", "step": 1},
+        {"path": f"{folder}/step-1", "step": rank},
+        {"path": f"{folder}/step-1", "optimizer": optimizer if rank else None},
+    )
+    said = []
+    for arguments in attempts:
+        with pytest.raises(ValueError) as caught:
+            torch_moe_ep.save_checkpoint(model=model, **arguments)
+        said.append(str(caught.value))
+    return said
+
+
+def test_ranks_that_save_to_different_folders_are_refused_before_anything_is_written(
+    ranks, tmp_path
+):
+    folder = str(tmp_path)
+    said, other = ranks(2).run(refuse_different_calls, folder, arg_of_rank=[0, 1])
+    assert said == other
+    assert f"ranks 0 and 1 differ in path: {folder}/at-0 and {folder}/at-1; make" in said[0]
+    assert "differ in step: 0 and 1" in said[1]
+    assert "differ in optimizer: no optimizer and SGD" in said[2]
+    assert list(tmp_path.iterdir()) == []
+
+
 def resumed_on_rank(run: Run, folder: str):
     """Three steps; and one step, a save, a load into a fresh model, two steps."""
     path = f"{folder}/{run}"

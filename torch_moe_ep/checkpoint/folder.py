@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from torch_moe_ep.gather import shared_reason
+from torch_moe_ep.parallel.agreement import first_difference
 
 MARKER = "complete.json"
 HUB_FOLDER = "hf"  # config and generation config, so that an export needs nothing else
@@ -173,6 +174,21 @@ def on_rank0(work: Callable[[], T]) -> T:
     if kind is not None:
         raise RuntimeError(f"rank 0 failed: {kind}: {text}") from failure
     return result  # type: ignore[no-any-return]
+
+
+def check_alike(settings: dict[str, str]) -> None:
+    """Raise on every rank when ranks call with different settings, such as paths with a time in.
+
+    Raises:
+        ValueError: where ranks first differ, with both values.
+
+    Collective over all ranks (one `all_gather_object`).
+    """
+    notes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(notes, settings)
+    difference = first_difference(notes)
+    if difference is not None:
+        raise ValueError(difference)
 
 
 def raise_alike(failure: Exception | None) -> None:

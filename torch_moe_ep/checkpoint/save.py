@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from torch_moe_ep.checkpoint.folder import (
     HUB_FOLDER,
+    check_alike,
     complete_checkpoints,
     file_sizes,
     on_rank0,
@@ -69,8 +70,8 @@ def save_checkpoint(
     A kill at any moment leaves every complete checkpoint loadable, an overwritten one included.
 
     Args:
-        path: the checkpoint's own folder, on a file system that all ranks share. One that exists
-            is replaced.
+        path: the checkpoint's own folder, the same on all ranks, on a file system that they share.
+            One that exists is replaced.
         model: patched or not, under FSDP2, FSDP1, DDP or nothing; the wrapper, if it is FSDP1's.
         optimizer: its state is saved by parameter name.
         step: handed back by `load_checkpoint`, and what "latest" goes by.
@@ -88,8 +89,9 @@ def save_checkpoint(
             always stays. None keeps all.
 
     Raises:
-        ValueError: on every rank: num_kept below 1, a state that is not made of plain values, or a
-            model without the FSDP1 wrapper around it.
+        ValueError: on every rank: num_kept below 1, a path, step or optimizer that is not the same
+            on all, a state that is not made of plain values, or a model without the FSDP1 wrapper
+            around it.
         RuntimeError: on every rank, when a file could not be written, now or by the save in the
             background before this one.
 
@@ -101,6 +103,8 @@ def save_checkpoint(
     check_wrappers(model)
     wait_for_checkpoint()
     folder = Path(os.path.abspath(path))
+    optimizer_name = "no optimizer" if optimizer is None else type(optimizer).__name__
+    check_alike({"path": str(folder), "step": str(step), "optimizer": optimizer_name})
     state = _collect(model, optimizer, scheduler, data_state)
     marker = {"step": int(step), **_description(model, state)}
     on_rank0(functools.partial(_open, folder, model))
