@@ -4,6 +4,7 @@ Trap 13 (a checkpoint loses, duplicates or reorders experts): every expert carri
 weights, 12 experts, so that "experts.10" sorts before "experts.2" if anybody sorts.
 """
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,21 @@ def test_ranks_that_save_to_different_folders_are_refused_before_anything_is_wri
     assert "differ in step: 0 and 1" in said[1]
     assert "differ in optimizer: no optimizer and SGD" in said[2]
     assert list(tmp_path.iterdir()) == []
+
+
+def warnings_of_a_save(folder: str) -> list[str]:
+    """Messages while an FSDP1 model is saved and loaded."""
+    model = build(Run("fsdp1", 2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch_moe_ep.save_checkpoint(folder, model, optimizer)
+        torch_moe_ep.load_checkpoint(folder, model, optimizer)
+    return [str(w.message) for w in caught if "ShardedTensor" in str(w.message)]
+
+
+def test_save_and_load_under_fsdp1_leave_out_torchs_warnings_about_itself(ranks, tmp_path):
+    assert ranks(2).run(warnings_of_a_save, str(tmp_path / "step-1")) == [[], []]
 
 
 def resumed_on_rank(run: Run, folder: str):

@@ -15,6 +15,7 @@ hub_load.py                   load_hf: check, agree, then fill each rank's part
 hub_names.py                  which tensors of a folder make up which weight
 hub_files.py                  safetensors headers, and the one place that reads weights
 export.py, hub_writer.py      export_hf: gather one weight at a time, write file by file
+quiet.py                      without torch's warnings about its own ShardedTensor
 weights.py                    a wrapped model's weights one by one, whatever shards them
 """
 

@@ -23,6 +23,7 @@ from torch_moe_ep.checkpoint.folder import (
     find_complete,
     on_rank0,
 )
+from torch_moe_ep.checkpoint.quiet import without_fsdp1_warnings
 from torch_moe_ep.checkpoint.rank_state import (
     COMMON,
     rank_key,
@@ -149,6 +150,7 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
     return found
 
 
+@without_fsdp1_warnings()
 def _load_model(folder: Path, model: nn.Module, optimizer: Optimizer | None) -> None:
     state = sharded_state(model, optimizer)
     _load_fitting(folder, state)

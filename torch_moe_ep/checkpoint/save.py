@@ -34,6 +34,7 @@ from torch_moe_ep.checkpoint.folder import (
     write_marker,
 )
 from torch_moe_ep.checkpoint.hub_writer import save_config
+from torch_moe_ep.checkpoint.quiet import without_fsdp1_warnings
 from torch_moe_ep.checkpoint.rank_state import collect_host, routing_state, sharded_state
 from torch_moe_ep.checkpoint.weights import check_wrappers, inner_model
 from torch_moe_ep.parallel.state import states_of
@@ -114,7 +115,8 @@ def save_checkpoint(
         return
     failure: BaseException | None = None
     try:
-        save(state, checkpoint_id=partial_of(folder))
+        with without_fsdp1_warnings():
+            save(state, checkpoint_id=partial_of(folder))
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         failure = error
     _raise_failed(folder, failure)
@@ -135,6 +137,7 @@ def wait_for_checkpoint() -> None:
         _raise_failed(pending.folder, pending.done.exception())
 
 
+@without_fsdp1_warnings()
 def _collect(
     model: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, data_state: Any
 ) -> dict[str, Any]:
