@@ -5,7 +5,6 @@ torchrun --nproc-per-node 4 examples/patch_your_model.py --fsdp 2     # or 1, or
 
 import argparse
 import os
-import time
 
 import torch
 import torch.distributed as dist
@@ -53,9 +52,7 @@ def main() -> None:
         optimizer.zero_grad()
         if dist.get_rank() == 0:
             print(f"fsdp {fsdp}, step {step}: loss {loss.item():.4f}, norm {norm.item():.4f}")
-    dist.barrier()
     dist.destroy_process_group()
-    time.sleep(0.2)  # gloo's thread has something to let go of before the interpreter ends
 
 
 if __name__ == "__main__":
