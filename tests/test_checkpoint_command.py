@@ -206,7 +206,7 @@ GRID = ["--world-size", "4", "--expert-parallel-degree"]
         (["info", "{root}"], "holds no complete checkpoint"),
         (["verify", "{root}/nothing"], "holds no complete checkpoint"),
         (["reshard", "{copy}", "{copy}", *GRID, "2"], "exists; name a folder that does not"),
-        (["reshard", "{copy}", "{root}/out", *GRID, "3"], "3 * 1 does not divide 4"),
+        (["reshard", "{copy}", "{root}/out", *GRID, "3"], "3 does not divide 4"),
         (
             ["reshard", "{copy}", "{root}/out", "--world-size", "8", *GRID[2:], "8"],
             "has 12 experts, got 8",
