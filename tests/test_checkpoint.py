@@ -4,6 +4,7 @@ Trap 13 (a checkpoint loses, duplicates or reorders experts): every expert carri
 weights, 12 experts, so that "experts.10" sorts before "experts.2" if anybody sorts.
 """
 
+import os
 import warnings
 from pathlib import Path
 
@@ -158,6 +159,27 @@ def test_save_writes_no_progress_bar_for_a_config_and_leaves_the_users_on(capfd,
     save_config(tiny_mixtral(), tmp_path)
     assert (tmp_path / "config.json").is_file() and "0it" not in capfd.readouterr().err
     assert logging.is_progress_bar_enabled()
+
+
+def refuse_different_names(rank: int, folder: str) -> str:
+    """The same on two nodes, as torchrun numbers them."""
+    os.environ["GROUP_RANK"] = str(rank)
+    try:
+        with pytest.raises(ValueError) as caught:
+            torch_moe_ep.save_checkpoint(
+                f"{folder}/node{rank}/at-{rank}", build(Run("fsdp2", 2, 2))
+            )
+    finally:
+        del os.environ["GROUP_RANK"]
+    return str(caught.value)
+
+
+def test_nodes_that_save_to_folders_of_different_names_are_refused(ranks, tmp_path):
+    """Their parents may differ: see tests/test_launch.py."""
+    said, other = ranks(2).run(refuse_different_names, str(tmp_path), arg_of_rank=[0, 1])
+    assert said == other
+    assert "ranks 0 and 1 differ in the folder's name: at-0 and at-1; make" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def refuse_different_calls(rank: int, folder: str) -> list[str]:

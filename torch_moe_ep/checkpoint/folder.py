@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from torch_moe_ep.gather import shared_reason
 from torch_moe_ep.parallel.agreement import first_difference
+from torch_moe_ep.parallel.nodes import host_name
 
 MARKER = "complete.json"
 HUB_FOLDER = "hf"  # config and generation config, so that an export needs nothing else
@@ -176,8 +177,12 @@ def on_rank0(work: Callable[[], T]) -> T:
     return result  # type: ignore[no-any-return]
 
 
-def check_alike(settings: dict[str, str]) -> None:
-    """Raise on every rank when ranks call with different settings, such as paths with a time in.
+def check_alike(settings: dict[str, str], of_node: dict[str, str]) -> None:
+    """Raise on every rank when ranks call with different settings, such as names with a time in.
+
+    Args:
+        settings: alike on all ranks.
+        of_node: alike on the ranks of a node: nodes may have folders of their own.
 
     Raises:
         ValueError: where ranks first differ, with both values.
@@ -185,8 +190,10 @@ def check_alike(settings: dict[str, str]) -> None:
     Collective over all ranks (one `all_gather_object`).
     """
     notes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(notes, settings)
-    difference = first_difference(notes)
+    node = os.environ.get("GROUP_RANK", host_name())  # torchrun's number of the node
+    dist.all_gather_object(notes, (settings, of_node, node))
+    all_settings, all_of_node, nodes = zip(*notes, strict=True)
+    difference = first_difference(all_of_node, nodes) or first_difference(all_settings)
     if difference is not None:
         raise ValueError(difference)
 

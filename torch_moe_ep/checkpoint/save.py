@@ -72,7 +72,8 @@ def save_checkpoint(
 
     Args:
         path: the checkpoint's own folder, the same on all ranks, on a file system that they share.
-            One that exists is replaced.
+            One that exists is replaced. (Nodes may write to folders of the same name on disks of
+            their own that somebody puts together afterwards.)
         model: patched or not, under FSDP2, FSDP1, DDP or nothing; the wrapper, if it is FSDP1's.
         optimizer: its state is saved by parameter name.
         step: handed back by `load_checkpoint`, and what "latest" goes by.
@@ -105,7 +106,10 @@ def save_checkpoint(
     wait_for_checkpoint()
     folder = Path(os.path.abspath(path))
     optimizer_name = "no optimizer" if optimizer is None else type(optimizer).__name__
-    check_alike({"path": str(folder), "step": str(step), "optimizer": optimizer_name})
+    check_alike(
+        {"the folder's name": folder.name, "step": str(step), "optimizer": optimizer_name},
+        of_node={"path": str(folder)},
+    )
     state = _collect(model, optimizer, scheduler, data_state)
     marker = {"step": int(step), **_description(model, state)}
     on_rank0(functools.partial(_open, folder, model))

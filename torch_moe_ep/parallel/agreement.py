@@ -74,15 +74,21 @@ def _note_key(topic: str, rank: int) -> str:
     return f"torch_moe_ep/{topic}/{rank}"
 
 
-def first_difference(settings: Sequence[dict[str, str]]) -> str | None:
-    """Say where a rank's settings first differ from rank 0's, with both values; None: nowhere."""
+def first_difference(
+    settings: Sequence[dict[str, str]], groups: Sequence[object] = ()
+) -> str | None:
+    """Say where a rank's settings first differ from rank 0's, with both values; None: nowhere.
+
+    With `groups`, one for each rank, from those of the first rank of its group.
+    """
     for rank, other in enumerate(settings):
-        for name in {**settings[0], **other}:
-            here, there = settings[0].get(name, "nothing"), other.get(name, "nothing")
+        first = groups.index(groups[rank]) if groups else 0
+        for name in {**settings[first], **other}:
+            here, there = settings[first].get(name, "nothing"), other.get(name, "nothing")
             if here != there:
                 return (
-                    f"ranks 0 and {rank} differ in {name}: {here} and {there}; make it the same "
-                    f"on every rank."
+                    f"ranks {first} and {rank} differ in {name}: {here} and {there}; make it the "
+                    f"same on every rank."
                 )
     return None
 
