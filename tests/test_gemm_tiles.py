@@ -49,6 +49,10 @@ CASES = {
     ),
     "dX of Mixtral": (("NN", 8, 33792, 4096, 28672, "plain"), WIDE_PAIR),
     "weight gradient of many rows": (("TN", 8, 33792, 4096, 28672, "plain"), WIDE_PAIR),
+    "weight gradient of 2048 rows an expert": (
+        ("TN", 8, 17408, 4096, 28672, "plain"),
+        PING_PONG_PAIR,
+    ),
     "weight gradient of 1024 rows an expert": (
         ("TN", 8, 9208, 4096, 28672, "plain"),
         PING_PONG_PAIR,

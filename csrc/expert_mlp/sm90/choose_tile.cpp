@@ -36,6 +36,10 @@ constexpr int64_t kClusters = 66;
 // After this many rounds the clusters that idle in the last one cost nothing: what limits the
 // others by then is power.
 constexpr int64_t kManyRounds = 16;
+// Elements of an expert's weight up to which few tiles share an operand's panel, so that L2 is read
+// and filled most: there 128 x 256 tiles, which read least, win from kManyRows rows an expert on,
+// 0.7 (1024 columns) to 0.95 (4096) of the time of ping-pong (measured on an H100).
+constexpr int64_t kSmallWeight = int64_t{1} << 24;
 // Where SwiGLU's gradient is taken in the epilogue: K long enough to hide it, and rows enough for
 // the ping-pong tiles that hide it to be no slower than others (at 256 rows an expert they take
 // 1.3 times as long). It brings 0.14 of the main loop's L2 traffic, which limits these tiles, so
@@ -69,12 +73,13 @@ bool is_narrow_better(const GroupedGemmShape& shape) {
   return narrow * (100 + kNarrowPercent) < usual * 100;
 }
 
-// Ping-pong: the epilogue, long beside few rows' main loop, runs under the other group's. With many
-// rows the tile that reads L2 least wins: 0.97 of the time of ping-pong at 4096 rows an expert
-// (H = 4096, I = 14336, an H200), 0.7 to 0.95 with I = 1024 (an H100).
+// Ping-pong: the epilogue, long beside few rows' main loop, runs under the other group's. From
+// kLongK rows on the tile that reads L2 least wins for large weights too: 0.97 of the time of
+// ping-pong at 4096 rows an expert (gate_up of Mixtral, an H200).
 TileConfig choose_weight_gradient_tile(const GroupedGemmShape& shape, int64_t rows_per_expert) {
   if (rows_per_expert <= kFewRows) return kFewRowsPair;
-  if (rows_per_expert >= kManyRows) return kWidePair;
+  const bool is_small = shape.columns * shape.a_columns <= kSmallWeight;
+  if (rows_per_expert >= (is_small ? kManyRows : kLongK)) return kWidePair;
   return is_narrow_better(shape) ? kNarrowPair : kPingPongPair;
 }
 
