@@ -21,9 +21,7 @@ ATTENTION_SHARE = 0.5  # rate of fused attention, of the dense rate
 LAYER_PASSES = 400  # bytes over memory for an element of H: norms, residuals, rotation; both ways
 LOSS_PASSES = 40  # bytes over memory for a logit, both ways
 LAUNCHES = 2e-3  # seconds that the host needs for a layer's kernels, both ways
-ROWS_SHARE = (
-    0.5  # of a link's rate that rows reach: benchmarks/results/2026-11-28-transport-4gpu.json
-)
+ROWS_SHARE = 0.5  # of a link's rate that rows reach (2026-11-28-transport-4gpu.json)
 LINK_SHARE = 0.8  # of a link's rate that gathers and reductions reach
 HOST_COPY = 100e9  # bytes/s over a node's host memory, for the optimizer on the host
 FAST, SLOW = 0.95, 1.12  # of the work's estimate
