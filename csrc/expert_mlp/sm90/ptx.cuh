@@ -74,6 +74,10 @@ __device__ __forceinline__ void store_remote(uint32_t shared,
       : "memory");
 }
 
+__device__ __forceinline__ void store_shared(uint32_t shared, int value) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
+}
+
 __device__ __forceinline__ int load_shared(uint32_t shared) {
   int value;
   asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");

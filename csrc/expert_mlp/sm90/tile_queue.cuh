@@ -34,11 +34,27 @@ __device__ __forceinline__ void hand_out_tiles(const KernelArguments& args,
   do {  // also where there is no tile at all: the readers wait to be told
     barrier_wait(shared.tile_empty(ring.stage), ring.phase ^ 1);
     number = atomicAdd(args.next_tile, 1);
-    for (int cta = 0; cta < Config::kClusterSize; ++cta) {
-      store_remote(shared.tile_number(ring.stage), number, shared.tile_full(ring.stage), cta);
+    if constexpr (Config::kClusterSize == 1) {
+      store_shared(shared.tile_number(ring.stage), number);
+      barrier_arrive(shared.tile_full(ring.stage));
+    } else {
+      for (int cta = 0; cta < Config::kClusterSize; ++cta) {
+        store_remote(shared.tile_number(ring.stage), number, shared.tile_full(ring.stage), cta);
+      }
     }
     ring.next();
   } while (number < num_tiles);
+}
+
+// A CTA without a cluster has no remote shared memory, and compute-sanitizer takes an access in
+// that form for an error.
+template <class Config>
+__device__ __forceinline__ void arrive_at_first_cta(uint32_t barrier) {
+  if constexpr (Config::kClusterSize == 1) {
+    barrier_arrive(barrier);
+  } else {
+    barrier_arrive_remote(barrier, 0);
+  }
 }
 
 // The tiles of this cluster one after the other, as one role of a CTA sees them.
@@ -57,7 +73,7 @@ struct TileReader {
   // Another tile may be handed out in its place once one thread of each reader has said so.
   __device__ __forceinline__ void release(bool says_so) {
     if constexpr (Config::kHasQueue) {
-      if (says_so) barrier_arrive_remote(shared.tile_empty(ring.stage), 0);
+      if (says_so) arrive_at_first_cta<Config>(shared.tile_empty(ring.stage));
       ring.next();
     }
   }
