@@ -131,10 +131,11 @@ TORCH_LIBRARY(torch_moe_ep, m) {
   // -> [R, N]; a [R, M] with b [R, N] (TN) -> [L, M, N]. Contract: expert_mlp/grouped_gemm.h. For
   // tests and benchmarks; not differentiable.
   // With num_chunks expert_offsets has the segments of each expert in each chunk, of which only the
-  // chunk's rows are taken.
+  // chunk's rows are taken. max_shared_bytes: the sm80 tile of devices that have no more of shared
+  // memory for a CTA.
   m.def(
       "grouped_gemm(Tensor a, Tensor b, Tensor expert_offsets, str layout, int num_chunks=1, "
-      "int chunk=0) -> Tensor");
+      "int chunk=0, int? max_shared_bytes=None) -> Tensor");
   // One of them with SwiGLU's gradient behind it, in its epilogue (sm90) or by a kernel of its own:
   // for the gradient of y [R, H], down [L, H, I] and z [R, 2I]. For tests and benchmarks.
   m.def(

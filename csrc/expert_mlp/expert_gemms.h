@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <limits>
 #include <vector>
 
 #include "expert_mlp/expert_segments.h"
@@ -22,6 +23,9 @@ namespace torch_moe_ep {
 class ExpertGemms {
  public:
   explicit ExpertGemms(ExpertSegments segments);
+
+  // See GroupedGemmParams.
+  void limit_shared_bytes(int bytes) { max_shared_bytes_ = bytes; }
 
   // Results go into the tensors given, or into new ones where these are undefined.
 
@@ -85,6 +89,7 @@ class ExpertGemms {
   // One for each launch of the sm_90a kernels: the next tile to be handed out.
   at::Tensor tile_counters_;  // int32, zeros
   int64_t num_used_counters_ = 0;
+  int max_shared_bytes_ = std::numeric_limits<int>::max();
 };
 
 }  // namespace torch_moe_ep

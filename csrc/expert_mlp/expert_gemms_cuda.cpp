@@ -56,6 +56,7 @@ void ExpertGemms::launch(GemmKernels kernels, GroupedGemmParams params) {
   constexpr int64_t kCountersAtOnce = 4;  // GEMMs of a backward
   const cudaStream_t stream = at::cuda::getCurrentCUDAStream();
   if (kernels == GemmKernels::kSm80) {
+    params.max_shared_bytes = max_shared_bytes_;
     C10_CUDA_CHECK(sm80::grouped_gemm(params, stream));
     return;
   }

@@ -21,6 +21,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <limits>
 
 #include "expert_mlp/row_segments.h"
 
@@ -61,6 +62,8 @@ struct GroupedGemmParams {
   RowSegments segments;      // offsets: device
   float alpha = 1.0f;        // TN alone
   int* next_tile = nullptr;  // sm_90a: device, zero when the kernel starts; left at any value
+  // sm80: of a CTA. Fewer than the device has: the tile of devices that have no more, for tests.
+  int max_shared_bytes = std::numeric_limits<int>::max();
 
   // kSwiglu, kSwigluBackward
   void* activation = nullptr;          // bf16 [R, I]

@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -64,12 +65,14 @@ at::Tensor grouped_gemm_cuda(const at::Tensor& a,
                              const at::Tensor& expert_offsets,
                              const std::string& layout,
                              int64_t num_chunks,
-                             int64_t chunk) {
+                             int64_t chunk,
+                             std::optional<int64_t> max_shared_bytes) {
   check_chunk(chunk, num_chunks);
   check_operands(a, b, expert_offsets, num_chunks, layout);
   const c10::cuda::CUDAGuard guard(a.device());
   const at::Tensor left = a.contiguous(), right = b.contiguous();
   ExpertGemms gemms(one_chunk(expert_offsets, at::empty({0}, at::kLong), num_chunks, chunk));
+  if (max_shared_bytes) gemms.limit_shared_bytes(static_cast<int>(*max_shared_bytes));
   if (layout == "NT") return gemms.nt(left, right);
   return layout == "NN" ? gemms.nn(left, right) : gemms.tn(left, right, 1.0);
 }

@@ -10,11 +10,12 @@ import torch
 
 from torch_moe_ep import _library  # noqa: F401  (loads the operators)
 
-from .cases import normal, poisoned_memory, relative_error, requires_gpu
+from .cases import ORACLE_DEVICE, normal, poisoned_memory, relative_error, requires_gpu
 
 pytestmark = requires_gpu
 
 LAYOUTS = ["NT", "NN", "TN"]
+NARROW = "sm80 within 99 KiB"  # the tile of devices that give a CTA no more
 KERNELS = ["auto", "sm80", "torch"]
 UNOWNED_ROWS = 256  # past the last segment: NaN
 
@@ -73,16 +74,18 @@ def operands_of(case: GemmCase, layout: str) -> Operands:
     return Operands(a.cuda(), b.cuda(), torch.tensor(bounds, device="cuda"), bounds)
 
 
-def product_of(inputs: Operands, layout: str) -> torch.Tensor:
+def product_of(inputs: Operands, layout: str, max_shared_bytes: int | None = None) -> torch.Tensor:
     """Ours; rows that nobody owns cut off."""
     with poisoned_memory():
-        result = torch.ops.torch_moe_ep.grouped_gemm(inputs.a, inputs.b, inputs.offsets, layout)
+        result = torch.ops.torch_moe_ep.grouped_gemm(
+            inputs.a, inputs.b, inputs.offsets, layout, max_shared_bytes=max_shared_bytes
+        )
     return result if layout == "TN" else result[: inputs.bounds[-1]]
 
 
 def torch_product_of(inputs: Operands, layout: str, dtype: torch.dtype) -> torch.Tensor:
     """The same, one torch matmul an expert."""
-    a, b = inputs.a.to(dtype), inputs.b.to(dtype)
+    a, b = (tensor.to(ORACLE_DEVICE).to(dtype) for tensor in (inputs.a, inputs.b))
     parts = []
     for expert, (first, last) in enumerate(itertools.pairwise(inputs.bounds)):
         rows = a[first:last]
@@ -93,16 +96,16 @@ def torch_product_of(inputs: Operands, layout: str, dtype: torch.dtype) -> torch
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", [*KERNELS, NARROW])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_grouped_gemm_equals_oracle(
     case: GemmCase, layout: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN in rows that nobody owns and in memory that nobody wrote reaches no result."""
-    monkeypatch.setenv("TORCH_MOE_EP_KERNELS", kernels)
+    monkeypatch.setenv("TORCH_MOE_EP_KERNELS", kernels.split(maxsplit=1)[0])
     inputs = operands_of(case, layout)
-    ours = product_of(inputs, layout)
+    ours = product_of(inputs, layout, 99 * 1024 if kernels == NARROW else None)
     oracle = torch_product_of(inputs, layout, torch.float32)
     peer = torch_product_of(inputs, layout, torch.bfloat16)
     allowed = max(2 * relative_error(peer, oracle), 2e-3)

@@ -1,9 +1,7 @@
 // Host side of the generic grouped GEMM: what it refuses, which tile, its launch.
 #include <algorithm>
-#include <limits>
 
 #include "expert_mlp/sm80/kernel.cuh"
-#include "expert_mlp/sm80/shared_limit.h"
 
 namespace torch_moe_ep::sm80 {
 namespace {
@@ -59,15 +57,13 @@ cudaError_t launch(const GroupedGemmParams& params, int num_multiprocessors, cud
 
 // 128 x 256 needs 150 KiB of shared memory (8.0, 9.0); other devices have 99 KiB.
 template <GemmLayout kLayout>
-cudaError_t launch_layout(const GroupedGemmParams& params,
-                          int max_shared_bytes,
-                          cudaStream_t stream) {
+cudaError_t launch_layout(const GroupedGemmParams& params, cudaStream_t stream) {
   using Wide = KernelConfig<kLayout, 256, 3>;
   using Narrow = KernelConfig<kLayout, 128, 2>;
   DeviceLimits limits = {};
   const cudaError_t error = device_limits(&limits);
   if (error != cudaSuccess) return error;
-  if (std::min(limits.shared_bytes, max_shared_bytes) >= Wide::kSharedBytes) {
+  if (std::min(limits.shared_bytes, params.max_shared_bytes) >= Wide::kSharedBytes) {
     return launch<Wide>(params, limits.num_multiprocessors, stream);
   }
   return launch<Narrow>(params, limits.num_multiprocessors, stream);
@@ -103,9 +99,7 @@ const char* refusal(const GroupedGemmShape& shape) {
   return nullptr;
 }
 
-cudaError_t grouped_gemm_within(const GroupedGemmParams& params,
-                                int max_shared_bytes,
-                                cudaStream_t stream) {
+cudaError_t grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream) {
   const GroupedGemmShape& s = params.shape;
   if (!is_supported(s)) return cudaErrorInvalidValue;
   const bool is_tn = s.layout == GemmLayout::kTN;
@@ -115,17 +109,13 @@ cudaError_t grouped_gemm_within(const GroupedGemmParams& params,
   }
   switch (s.layout) {
     case GemmLayout::kNT:
-      return launch_layout<GemmLayout::kNT>(params, max_shared_bytes, stream);
+      return launch_layout<GemmLayout::kNT>(params, stream);
     case GemmLayout::kNN:
-      return launch_layout<GemmLayout::kNN>(params, max_shared_bytes, stream);
+      return launch_layout<GemmLayout::kNN>(params, stream);
     case GemmLayout::kTN:
-      return launch_layout<GemmLayout::kTN>(params, max_shared_bytes, stream);
+      return launch_layout<GemmLayout::kTN>(params, stream);
   }
   return cudaErrorInvalidValue;
-}
-
-cudaError_t grouped_gemm(const GroupedGemmParams& params, cudaStream_t stream) {
-  return grouped_gemm_within(params, std::numeric_limits<int>::max(), stream);
 }
 
 }  // namespace torch_moe_ep::sm80
