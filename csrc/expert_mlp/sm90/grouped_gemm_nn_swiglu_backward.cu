@@ -5,13 +5,15 @@ namespace torch_moe_ep::sm90 {
 namespace {
 
 // Ping-pong, as the epilogue is long: z is read, two gradients and the activation are written.
+// Block N, cluster M, cluster N, stages.
+template <int kBlockN, int kClusterM, int kClusterN, int kStages>
 using Kernel = KernelConfig<GemmLayout::kNN,
                             128,
-                            192,
+                            kBlockN,
                             true,
-                            2,
-                            1,
-                            4,  // stages
+                            kClusterM,
+                            kClusterN,
+                            kStages,
                             2,  // buffers of each group for z and what is stored
                             1,
                             false,
@@ -23,7 +25,8 @@ cudaError_t launch_nn_swiglu_backward(const TileConfig& tile,
                                       const KernelArguments& args,
                                       int64_t max_super_tiles,
                                       cudaStream_t stream) {
-  return launch_one_of<Kernel>(tile, args, max_super_tiles, stream);
+  return launch_one_of<Kernel<192, 2, 1, 4>, Kernel<128, 1, 2, 5>>(
+      tile, args, max_super_tiles, stream);
 }
 
 }  // namespace torch_moe_ep::sm90
