@@ -67,7 +67,7 @@ def time_turn_about(
     device: torch.device,
     *,
     min_seconds: float = 1.0,
-    turns: int = 5,
+    turns: int = 3,
     lead_in: float | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> list[Timing]:
@@ -76,9 +76,9 @@ def time_turn_about(
     Each candidate runs once to warm up and once to learn how long it takes; then in each turn
     every candidate runs often enough that all its turns together last `min_seconds`. On a GPU the
     first candidate runs for as long before the first turn: a card that has not reached its power
-    limit yet shows rates that it does not keep. Each candidate also runs unmeasured right before
-    what is measured of it, `lead_in` times as often (default 0.5, on a CPU 0): a card at its power
-    limit runs on for a while at the clock that the candidate before it left.
+    limit yet shows rates that it does not keep. Each candidate also runs unmeasured for `lead_in`
+    seconds right before what is measured of it (default 0.3, on a CPU 0): a card at its power limit
+    runs on for as long at the clock that the candidate before it left.
 
     With a `group` its ranks time together (collective): they agree on the number of runs and meet
     before each turn; each returns its own rates.
@@ -86,30 +86,33 @@ def time_turn_about(
     Returns:
         One Timing a candidate, in order.
     """
-    runs_per_turn = []
+    if lead_in is None:
+        lead_in = 0.3 if device.type == "cuda" else 0.0
+    runs_of: list[tuple[int, int]] = []  # unmeasured and measured, in a turn
     for candidate in candidates:
         candidate.run()
-        seconds = _seconds(candidate.run, 1, device)
-        runs_per_turn.append(max(1, round(min_seconds / turns / max(seconds, 1e-6) + 0.5)))
+        seconds = max(_seconds(candidate.run, 1, device), 1e-6)
+        measured = max(1, round(min_seconds / turns / seconds + 0.5))
+        runs_of.append((math.ceil(lead_in / seconds), measured))
     if group is not None:
-        agreed = [runs_per_turn]
+        agreed = [runs_of]
         dist.broadcast_object_list(agreed, src=dist.get_global_rank(group, 0), group=group)
-        runs_per_turn = agreed[0]
+        runs_of = agreed[0]
     if device.type == "cuda":
-        _seconds(candidates[0].run, runs_per_turn[0] * turns, device)
-    if lead_in is None:
-        lead_in = 0.5 if device.type == "cuda" else 0.0
+        _seconds(candidates[0].run, runs_of[0][1] * turns, device)
     rates: list[list[float]] = [[] for _ in candidates]
     for _ in range(turns):
-        for candidate, num_runs, found in zip(candidates, runs_per_turn, rates, strict=True):
+        for candidate, (unmeasured, num_runs), found in zip(
+            candidates, runs_of, rates, strict=True
+        ):
             if group is not None:
                 dist.barrier(group)
-            for _ in range(math.ceil(num_runs * lead_in)):
+            for _ in range(unmeasured):
                 candidate.run()
             found.append(candidate.work * num_runs / _seconds(candidate.run, num_runs, device))
     return [
         Timing(candidate, tuple(found), num_runs * turns)
-        for candidate, found, num_runs in zip(candidates, rates, runs_per_turn, strict=True)
+        for candidate, found, (_, num_runs) in zip(candidates, rates, runs_of, strict=True)
     ]
 
 
@@ -233,7 +236,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of benchmarks that time turn about."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--min_seconds", type=float, default=1.0, help="work per figure")
-    parser.add_argument("--turns", type=int, default=5, help="turns per candidate")
+    parser.add_argument("--turns", type=int, default=3, help="turns per candidate")
     add_output_arguments(parser)
 
 

@@ -38,7 +38,7 @@ measure() {
   return $failed
 }
 
-measure 85 ep_layer benchmarks.ep_layer --min_seconds 0.6 --turns 3
+measure 85 ep_layer benchmarks.ep_layer --min_seconds 0.5 --turns 2
 measure 45 transport benchmarks.transport
 measure 80 train benchmarks.train
 # It waits most of the time: beside the tests, of which nothing is a time.

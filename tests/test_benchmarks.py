@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -57,15 +58,22 @@ def test_timing_alternates_candidates_and_covers_min_seconds() -> None:
     assert rows[0]["ratio_to_dense"] == 1.0
 
 
-def test_a_candidate_leads_in_before_it_is_measured() -> None:
-    """As often as asked, and these runs are not counted."""
+def test_a_candidate_leads_in_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as asked, here two runs of half a second; they are not counted."""
+
+    def half_seconds(run: Callable[[], object], num_runs: int, _device: torch.device) -> float:
+        for _ in range(num_runs):
+            run()
+        return num_runs / 2
+
+    monkeypatch.setattr(common, "_seconds", half_seconds)
     calls: list[str] = []
     candidates = [
         common.Candidate(name, lambda name=name: calls.append(name), 1.0)  # type: ignore[misc]
         for name in ("a", "b")
     ]
     timings = common.time_turn_about(
-        candidates, torch.device("cpu"), min_seconds=0.0, turns=2, lead_in=2.0
+        candidates, torch.device("cpu"), min_seconds=0.0, turns=2, lead_in=1.0
     )
     assert calls[4:] == ["a", "a", "a", "b", "b", "b"] * 2
     assert [timing.runs for timing in timings] == [2, 2]
