@@ -14,7 +14,6 @@ the run: exit status 1. A tool's rows replace those of an earlier run from the s
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import os
 import re
@@ -131,7 +130,8 @@ def run_under(tool: str, command: Sequence[str], kernel: str | None, timeout: fl
         options += ["--kernel-name", f"kernel_substring={kernel}"]
     environment = dict(os.environ)
     if tool == "initcheck":
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        options += ["--check-api-memory-access", "no"]  # what the host copies, no kernel
+        environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TESTS_UNDER_INITCHECK": "1"}
     started = time.monotonic()
     try:
         text = subprocess.run(
@@ -143,8 +143,10 @@ def run_under(tool: str, command: Sequence[str], kernel: str | None, timeout: fl
             env=environment,
             check=False,
         ).stdout
-    except subprocess.TimeoutExpired:
-        text = f"{TOO_LONG} {timeout:g} s\n"
+    except subprocess.TimeoutExpired as error:
+        # What it said until then, as bytes whatever `text` is.
+        said = error.stdout.decode(errors="replace") if error.stdout else ""
+        text = f"{said}\n{TOO_LONG} {timeout:g} s\n"
     return Report(text, time.monotonic() - started)
 
 
@@ -186,11 +188,6 @@ def case_rows(tool: str, report: Report) -> list[dict[str, Any]]:
 
 def run_cases(tool: str) -> int:
     """The child under the tool: the small cases, by pytest."""
-    if tool == "initcheck":
-        # NaN written into fresh memory would hide who reads it unwritten.
-        from tests.gpu import cases
-
-        cases.poisoned_memory = contextlib.nullcontext  # type: ignore[assignment]
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
     return int(pytest.main([*options, *FILES], plugins=[SmallCases(tool)]))
 

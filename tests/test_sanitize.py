@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -126,3 +128,33 @@ def test_logs_go_to_a_folder_that_did_not_exist(
     assert sanitize.main() == 0
     assert [(folder / f"{tool}.log").read_text() for tool in tools] == [CLEAN] * 2
     assert [row["is_clean"] for row in json.loads(output.read_text())["rows"][::4]] == [True] * 2
+
+
+def test_initcheck_leaves_fresh_memory_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the tests that its child runs: NaN written there would hide who reads it unwritten."""
+    started: dict[str, object] = {}
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        started.update(options)
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(sanitize, "compute_sanitizer", lambda: "compute-sanitizer")
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "run", run)
+        sanitize.run_under("initcheck", [], None, 1.0)
+    program = (
+        "import torch; from gpu.cases import ORACLE_DEVICE, poisoned_memory\n"
+        "with poisoned_memory(): print(ORACLE_DEVICE, torch.are_deterministic_algorithms_enabled())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    shown = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**environment, **marks},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+        for marks in ({}, {"TESTS_UNDER_INITCHECK": started["env"]["TESTS_UNDER_INITCHECK"]})
+    ]
+    assert shown == [["cuda", "True"], ["cpu", "False"]]
