@@ -33,15 +33,7 @@ class Shape:
     width: int
 
 
-MIXTRAL = Shape(8, 4096, 14336)
-# Narrow experts, with the rows of each.
-NARROW = [
-    (Shape(128, 4096, 1024), 262144),
-    (Shape(128, 2048, 768), 262144),
-    (Shape(8, 2048, 768), 262144),
-    (Shape(64, 2048, 1408), 196608),
-    (Shape(64, 1024, 2048), 131072),
-]
+MIXTRAL, FINE_GRAINED = Shape(8, 4096, 14336), Shape(128, 4096, 1024)
 
 
 def operands_of(
@@ -97,7 +89,7 @@ def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         parser.error("the epilogue is that of GPUs of compute capability 9.0; there is none here.")
     cases = [(MIXTRAL, rows, routing) for rows in arguments.rows for routing in ("even", "1/i")]
-    cases += [(shape, num_rows, "even") for shape, num_rows in NARROW]
+    cases.append((FINE_GRAINED, 262144, "even"))
     rows: list[dict[str, Any]] = []
     for shape, num_rows, routing in cases:
         of_case = run_case(shape, num_rows, routing, arguments)

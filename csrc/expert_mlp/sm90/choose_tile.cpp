@@ -12,7 +12,6 @@ constexpr TileConfig kWidePair = {128, 256, false, 2, 1};
 constexpr TileConfig kTallPair = {256, 128, false, 1, 2};
 constexpr TileConfig kPingPongPair = {128, 192, true, 2, 1};
 constexpr TileConfig kNarrowPair = {128, 128, true, 2, 1};
-constexpr TileConfig kNarrowFusedPair = {128, 128, true, 1, 2};
 constexpr TileConfig kFewRowsPair = {128, 192, true, 1, 2, true};
 constexpr TileConfig kWideSingle = {128, 256, false, 1, 1};
 constexpr TileConfig kPingPongSingle = {128, 192, true, 1, 1};
@@ -41,8 +40,10 @@ constexpr int64_t kManyRounds = 16;
 // and filled most: there 128 x 256 tiles, which read least, win from kManyRows rows an expert on,
 // 0.7 (1024 columns) to 0.95 (4096) of the time of ping-pong (measured on an H100).
 constexpr int64_t kSmallWeight = int64_t{1} << 24;
-// Where SwiGLU's gradient is taken in the epilogue: rows enough for the ping-pong tiles that hide
-// it to be no slower than others (at 256 rows an expert they take 1.3 times as long).
+// Where SwiGLU's gradient is taken in the epilogue: K long enough to hide it, and rows enough for
+// the ping-pong tiles that hide it to be no slower than others (at 256 rows an expert they take
+// 1.3 times as long). It brings 0.14 of the main loop's L2 traffic, which limits these tiles, so
+// that columns must not be wasted besides.
 constexpr int64_t kFusedRows = 1024;
 // 128-wide tiles read more of L2: worth it where 192-wide ones waste more than this, in percent.
 constexpr int64_t kNarrowPercent = 6;
@@ -72,41 +73,28 @@ bool is_narrow_better(const GroupedGemmShape& shape) {
   return narrow * (100 + kNarrowPercent) < usual * 100;
 }
 
-bool is_small(const GroupedGemmShape& shape) {
-  return shape.columns * shape.a_columns <= kSmallWeight;
-}
-
-// SwiGLU's gradient in the epilogue brings 0.14 of the main loop's L2 traffic, which limits
-// 192-wide tiles: they must not waste columns besides, and K must be long enough to hide it.
-// Elsewhere 128-wide tiles that share the rows of dY take 0.95 to 1.01 of the time of two kernels
-// (K of 1024 to 4096, widths of 768 to 2048, an H200).
-bool is_fused_wide(const GroupedGemmShape& shape) {
-  return shape.a_columns >= kLongK && !is_narrow_better(shape);
-}
-
 // Ping-pong: the epilogue, long beside few rows' main loop, runs under the other group's. From
 // kLongK rows on the tile that reads L2 least wins for large weights too: 0.97 of the time of
 // ping-pong at 4096 rows an expert (gate_up of Mixtral, an H200).
 TileConfig choose_weight_gradient_tile(const GroupedGemmShape& shape, int64_t rows_per_expert) {
   if (rows_per_expert <= kFewRows) return kFewRowsPair;
-  if (rows_per_expert >= (is_small(shape) ? kManyRows : kLongK)) return kWidePair;
+  const bool is_small = shape.columns * shape.a_columns <= kSmallWeight;
+  if (rows_per_expert >= (is_small ? kManyRows : kLongK)) return kWidePair;
   return is_narrow_better(shape) ? kNarrowPair : kPingPongPair;
 }
 
 }  // namespace
 
 bool fuses_swiglu_backward(const GroupedGemmShape& shape) {
-  if (shape.layout != GemmLayout::kNN || shape.rows_per_expert() < kFusedRows) return false;
-  return is_fused_wide(shape) || is_small(shape);
+  return shape.layout == GemmLayout::kNN && shape.rows_per_expert() >= kFusedRows &&
+         shape.a_columns >= kLongK && !is_narrow_better(shape);
 }
 
 TileConfig choose_tile(const GroupedGemmShape& shape) {
   const int64_t rows_per_expert = shape.rows_per_expert();
   if (shape.layout == GemmLayout::kTN) return choose_weight_gradient_tile(shape, rows_per_expert);
   const bool is_pair = rows_per_expert >= kPairRows;
-  if (shape.epilogue == GemmEpilogue::kSwigluBackward) {
-    return is_fused_wide(shape) ? kPingPongPair : kNarrowFusedPair;
-  }
+  if (shape.epilogue == GemmEpilogue::kSwigluBackward) return kPingPongPair;
   if (shape.epilogue == GemmEpilogue::kSwiglu) return is_pair ? kPingPongPair : kPingPongSingle;
   if (!is_pair) return kWideSingle;
   if (rows_per_expert <= kFewRows && shape.a_columns >= kLongK) return kTallPair;

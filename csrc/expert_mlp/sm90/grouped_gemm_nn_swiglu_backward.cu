@@ -5,15 +5,13 @@ namespace torch_moe_ep::sm90 {
 namespace {
 
 // Ping-pong, as the epilogue is long: z is read, two gradients and the activation are written.
-// Block N, cluster M, cluster N, stages.
-template <int kBlockN, int kClusterM, int kClusterN, int kStages>
 using Kernel = KernelConfig<GemmLayout::kNN,
                             128,
-                            kBlockN,
+                            192,
                             true,
-                            kClusterM,
-                            kClusterN,
-                            kStages,
+                            2,
+                            1,
+                            4,  // stages
                             2,  // buffers of each group for z and what is stored
                             1,
                             false,
@@ -25,8 +23,7 @@ cudaError_t launch_nn_swiglu_backward(const TileConfig& tile,
                                       const KernelArguments& args,
                                       int64_t max_super_tiles,
                                       cudaStream_t stream) {
-  return launch_one_of<Kernel<192, 2, 1, 4>, Kernel<128, 1, 2, 5>>(
-      tile, args, max_super_tiles, stream);
+  return launch_one_of<Kernel>(tile, args, max_super_tiles, stream);
 }
 
 }  // namespace torch_moe_ep::sm90
