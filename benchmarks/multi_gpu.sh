@@ -46,7 +46,7 @@ measure 190 killed_rank benchmarks.killed_rank &
 killed_rank=$!
 measure 195 several-ranks tests.record tests/gpu/test_several_ranks.py tests/gpu/test_peer.py \
   tests/gpu/test_peer_chunks.py tests/gpu/test_chunks.py tests/gpu/test_fsdp_all_gather.py \
-  -k 'training or away or gather or collective or waits'
+  -k 'training or gather or collective or waits'
 wait "$killed_rank" || status=1
 measure 75 scaling benchmarks.scaling --plot
 exit $status
