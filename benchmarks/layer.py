@@ -36,6 +36,7 @@ from torch_moe_ep.testing import make_local_expert_parallel
 
 OURS = "torch_moe_ep"
 RECOMPUTE = "torch_moe_ep recompute"
+KEPT_ROWS = "torch_moe_ep rows kept"
 EAGER = "transformers eager"
 GROUPED = "transformers grouped_mm"
 COMPILED = "transformers grouped_mm compiled"
@@ -157,10 +158,10 @@ def transformers_experts(case: Case, inputs: Inputs, implementation: str) -> nn.
     return module
 
 
-def our_experts(case: Case, inputs: Inputs, recompute: str = "none") -> nn.Module:
+def our_experts(case: Case, inputs: Inputs, **options: str) -> nn.Module:
     """The expert-parallel experts module at P = 1, as `apply_expert_parallel` makes it."""
     module = transformers_experts(case, inputs, "eager")
-    return make_local_expert_parallel(module, MoEConfig(recompute=recompute))
+    return make_local_expert_parallel(module, MoEConfig(**options))  # type: ignore[arg-type]
 
 
 def candidates_of(
@@ -174,7 +175,8 @@ def candidates_of(
         GROUPED: grouped,
     }
     if device.type == "cuda":
-        modules[RECOMPUTE] = our_experts(case, inputs, "gate_up")
+        modules[RECOMPUTE] = our_experts(case, inputs, recompute="gate_up")
+        modules[KEPT_ROWS] = our_experts(case, inputs, received_rows="keep")
         modules[COMPILED] = torch.compile(copy.copy(grouped), dynamic=False)
         if _has_sonicmoe():
             modules[SONIC] = transformers_experts(case, inputs, "sonicmoe")

@@ -189,11 +189,16 @@ def test_profiler_shows_every_stage_forward_and_backward():
 
 @pytest.mark.parametrize(
     ("config", "columns"),
-    [({}, 2 * 32), ({"recompute": "gate_up"}, 0), ({"max_slots": 64}, 0)],
+    [
+        ({}, 2 * 32),
+        ({"recompute": "gate_up"}, 0),
+        ({"max_slots": 64}, 0),
+        ({"received_rows": "keep"}, 2 * 32 + 16),
+    ],
     ids=str,
 )
-def test_saved_bytes_beside_x_are_gate_up_only(config, columns):
-    """R rows of 2I elements unless the gate and up products are computed again; no copies of X."""
+def test_saved_bytes_beside_x_are_gate_up_and_rows_if_kept(config, columns):
+    """R rows of 2I elements unless the gate and up products are computed again; of H if kept."""
     model = LoneExperts()
     make_local_expert_parallel(model.experts, MoEConfig(**config))
     tokens, top_k = 500, 2
@@ -276,13 +281,24 @@ def three_steps(config: dict, dtype: torch.dtype) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "config", [{}, {"recompute": "gate_up"}, {"max_slots": 7}], ids=["plain", "recompute", "passes"]
+    "config",
+    [{}, {"recompute": "gate_up"}, {"max_slots": 7}, {"received_rows": "keep"}],
+    ids=["plain", "recompute", "passes", "kept rows"],
 )
 def test_trap_08_rows_nobody_wrote_do_not_matter(config, dtype, request):
     clean = three_steps(config, dtype)
     request.getfixturevalue("_poison")
     for poisoned, expected in zip(three_steps(config, dtype), clean, strict=True):
         assert torch.equal(poisoned, expected)
+
+
+def test_kept_rows_change_no_bit():
+    for kept, again in zip(
+        three_steps({"received_rows": "keep"}, torch.bfloat16),
+        three_steps({"received_rows": "dispatch_again"}, torch.bfloat16),
+        strict=True,
+    ):
+        assert torch.equal(kept, again)
 
 
 def padded_pipeline(dtype: torch.dtype, row_alignment: int, slots_per_pass: int):

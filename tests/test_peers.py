@@ -156,7 +156,7 @@ def test_bounded_capacity_holds_any_routing_at_the_largest_factor():
         ({"budget": "none"}, 'budget must be "exact" or "bounded"'),
         ({"budget_factor": 0.5}, "budget_factor must be at least 1, got 0.5"),
         ({"budget_factor": float("nan")}, "budget_factor must be a finite number"),
-        ({"received_rows": "x"}, 'received_rows must be "keep" or "dispatch_again"'),
+        ({"received_rows": "x"}, 'received_rows must be "auto" or "keep" or "dispatch_again"'),
         ({"peer_sms": 0}, "peer_sms must be a number of multiprocessors, at least 1, got 0"),
         ({"transport": "peer", "dispatcher": "all_gather"}, '"peer" carries copies'),
     ],

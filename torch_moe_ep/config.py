@@ -8,7 +8,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "recompute": ("none", "gate_up"),
     "transport": ("auto", "collective", "hierarchical", "peer"),
     "budget": ("exact", "bounded"),
-    "received_rows": ("keep", "dispatch_again"),
+    "received_rows": ("auto", "keep", "dispatch_again"),
     "dispatcher": ("all_to_all", "all_gather"),
     "global_token_shuffle": (True, False),
     "routing": ("huggingface", "none", "aux_loss", "sinkhorn", "balanced", "bias"),
@@ -48,17 +48,19 @@ class MoEConfig:
         budget_factor: rows of budget="bounded": this many times T K, for the largest T of the EP
             group at the first training forward, and padding; at least 1. With `max_received_rows`
             that number of rows instead.
-        received_rows: with the peer transport, what backward has of the rows received. "keep": a
-            copy. "dispatch_again": nothing, they travel once more.
+        received_rows: what backward has of the rows ``[R, H]`` that the experts got. "keep": the
+            rows. "dispatch_again": with one rank (P = 1) the tokens ``[T, H]``, which are copied
+            into rows once more; with the peer transport likewise, and they travel once more; the
+            other transports keep rows. "auto": "dispatch_again" with one rank, else "keep".
         peer_sms: multiprocessors that move rows with the peer transport.
         dispatcher: "all_to_all": each copy goes to its expert's rank. "all_gather": every rank of
             the EP group gets all tokens of the group; for small groups and for comparison.
             `max_received_rows` bounds the first alone.
         num_chunks: a rank's tokens travel in so many chunks, each under the GEMMs of the one
             before, in forward and in backward; the same on every rank. Goes with the collective
-            and the peer transport, of which "auto" then takes the one that it can, and with
-            received_rows="keep". 1: all tokens at once. With one rank (P = 1) nothing travels, and
-            it changes nothing.
+            and the peer transport, of which "auto" then takes the one that it can, and not with
+            received_rows="dispatch_again". 1: all tokens at once. With one rank (P = 1) nothing
+            travels, and it changes nothing.
         global_token_shuffle: mix the tokens of the EP group's ranks before they are routed, and
             put them back after the experts: the same fixed permutation, drawn from `seed` and the
             layer's name, in every step. Batch statistics of the router (Sinkhorn, capacity,
@@ -92,7 +94,7 @@ class MoEConfig:
     transport: str = "auto"
     budget: str = "exact"
     budget_factor: float = 2.0
-    received_rows: str = "keep"
+    received_rows: str = "auto"
     peer_sms: int = 16
     dispatcher: str = "all_to_all"
     num_chunks: int = 1

@@ -162,7 +162,8 @@ class ExpertParallelExperts(nn.Module):
         )
         rows, row_weights = ops.dispatch(x, weights, plan, packed)
         del packed
-        y = self.expert_mlp(rows, row_weights, plan, x=None if self.ep_group_name else x)
+        keeps_rows = bool(self.ep_group_name) or config.received_rows == "keep"
+        y = self.expert_mlp(rows, row_weights, plan, x=None if keeps_rows else x)
         output = ops.combine(y, plan, tokens_per_expert=self.tokens_per_expert)
         return output.to(hidden_states.dtype).view(hidden_states.shape)
 

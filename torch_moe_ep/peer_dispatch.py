@@ -1,7 +1,7 @@
 """The layer between GPUs that map each other's memory (transport="peer").
 
-All layers share one buffer a rank, so what backward needs of the received rows is either copied out
-of it (received_rows="keep") or dispatched again (received_rows="dispatch_again").
+All layers share one buffer a rank, so what backward needs of the received rows is copied out of it
+or, with received_rows="dispatch_again", dispatched again.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def run_over_peers(
         invalid_flag=experts.invalid_flag,
         slots_needed=experts.slots_needed,
     )
-    keep = config.received_rows == "keep"
+    keep = config.received_rows != "dispatch_again"
     rows, row_weights = ops.peer_dispatch(x, top_k_weights.float(), plan, keep=keep)
     with contextlib.nullcontext() if keep else rows_dispatched_again(rows, x.detach(), plan):
         y = experts.expert_mlp(rows, row_weights if keep else row_weights.clone(), plan)
