@@ -6,9 +6,10 @@
 Each tool must find a planted fault first (planted_faults.cu, compiled with nvcc); else its run
 would prove nothing. Then memcheck, racecheck and synccheck look at this package's kernels alone,
 initcheck at all kernels, as it must see who writes what, with PyTorch's caching allocator off.
-racecheck gets the sm_80 GEMMs only: compute-sanitizer 2025.3 stops with an internal error at the
-first launch of an sm_90a one. Findings in this package's kernels, or a tool that broke off, fail
-the run: exit status 1. A tool's rows replace those of an earlier run from the same commit.
+racecheck looks at the GEMMs apart from the other kernels, and of them at the sm_80 ones only:
+compute-sanitizer 2025.3 stops with an internal error at the first launch of an sm_90a one. Findings
+in this package's kernels, or a tool that broke off, fail the run: exit status 1. A tool's rows
+replace those of an earlier run from the same commit.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ FAULTS = Path(__file__).with_name("planted_faults.cu")
 SHOWN_FINDINGS = 3
 SHOWN_CHARACTERS = 4000
 CASE_TABLE = "the small cases of tests/gpu"
-FILES = [
-    f"tests/gpu/test_{name}.py"
-    for name in ("grouped_gemm", "expert_mlp", "movement", "plan", "route", "sinkhorn")
-]
+MOVEMENT = [f"tests/gpu/test_{name}.py" for name in ("movement", "plan", "route", "sinkhorn")]
+GEMMS = [f"tests/gpu/test_{name}.py" for name in ("grouped_gemm", "expert_mlp")]
+# What a tool runs under: a case of the result file, and its test files.
+WHOLE = {CASE_TABLE: [*GEMMS, *MOVEMENT]}
+APART = {f"{CASE_TABLE}, GEMMs left out": MOVEMENT, f"{CASE_TABLE}, GEMMs": GEMMS}
 KEPT = re.compile(
     r"test_(grouped_gemm_equals_oracle|expert_mlp_equals_oracle|dispatch_equals_cpu"
     r"|combine_equals_cpu|movement_gradients_equal_cpu|plan_equals_cpu|route_equals_torch"
@@ -167,10 +169,15 @@ def planted_row(tool: str, program: str, timeout: float) -> dict[str, Any]:
     return {**row, "message": message, "is_clean": bool(found)}
 
 
-def case_rows(tool: str, report: Report) -> list[dict[str, Any]]:
+def parts_of(tool: str) -> dict[str, list[str]]:
+    """The runs of a tool: name to test files."""
+    return APART if tool == "racecheck" else WHOLE
+
+
+def case_rows(tool: str, report: Report, case: str = CASE_TABLE) -> list[dict[str, Any]]:
     """What a run of the small cases showed."""
     passed = PASSED.search(report.text)
-    base = {"name": tool, "case": CASE_TABLE}
+    base = {"name": tool, "case": case}
     rows: list[dict[str, Any]] = [
         {**base, "value": int(passed[1]) if passed else 0, "unit": "tests passed"},
         {**base, "value": round(report.seconds, 1), "unit": "s"},
@@ -186,10 +193,25 @@ def case_rows(tool: str, report: Report) -> list[dict[str, Any]]:
     return [*rows, {**last, "is_clean": not broke_off and not found}]
 
 
-def run_cases(tool: str) -> int:
-    """The child under the tool: the small cases, by pytest."""
+def run_cases(tool: str, files: Sequence[str]) -> int:
+    """The child under the tool: the small cases of these files, by pytest."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
-    return int(pytest.main([*options, *FILES], plugins=[SmallCases(tool)]))
+    return int(pytest.main([*options, *files], plugins=[SmallCases(tool)]))
+
+
+def check_cases(tool: str, timeout: float, logs: Path | None) -> list[dict[str, Any]]:
+    """Run the small cases under the tool; what is not clean is printed."""
+    rows: list[dict[str, Any]] = []
+    kernel = None if tool == "initcheck" else OURS
+    for number, (case, files) in enumerate(parts_of(tool).items()):
+        child = [sys.executable, "-m", "tests.sanitize", "--cases_for", tool, *files]
+        report = run_under(tool, child, kernel, timeout)
+        rows += case_rows(tool, report, case)
+        if not rows[-1]["is_clean"]:
+            sys.stdout.write(report.excerpt(OURS) + "\n")
+        if logs:
+            (logs / f"{tool}{number or ''}.log").write_text(report.text)
+    return rows
 
 
 def main() -> int:
@@ -198,14 +220,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each tool")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for each run")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<date>-...json")
     parser.add_argument("--logs", type=Path, help="made if need be; what tools printed")
     parser.add_argument("--commit", default="", help="where there is no git checkout")
-    parser.add_argument("--cases_for", choices=TOOLS, help=argparse.SUPPRESS)
+    parser.add_argument("--cases_for", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cases_for:
-        return run_cases(arguments.cases_for)
+        tool, *files = arguments.cases_for
+        return run_cases(tool, files)
     if arguments.logs:
         arguments.logs.mkdir(parents=True, exist_ok=True)
     is_clean = True
@@ -214,15 +237,8 @@ def main() -> int:
         for tool in arguments.tools:
             rows = [planted_row(tool, program, arguments.timeout)]
             if rows[0]["is_clean"]:
-                child = [sys.executable, "-m", "tests.sanitize", "--cases_for", tool]
-                kernel = None if tool == "initcheck" else OURS
-                report = run_under(tool, child, kernel, arguments.timeout)
-                rows += case_rows(tool, report)
-                if not rows[-1]["is_clean"]:
-                    sys.stdout.write(report.excerpt(OURS) + "\n")
-                if arguments.logs:
-                    (arguments.logs / f"{tool}.log").write_text(report.text)
-            is_clean &= bool(rows[-1]["is_clean"])
+                rows += check_cases(tool, arguments.timeout, arguments.logs)
+            is_clean &= all(row.get("is_clean", True) for row in rows)
             sys.stdout.write(common.format_table(rows) + "\n")
             # Tool by tool: a run that is cut off keeps what it has found.
             common.write_results(

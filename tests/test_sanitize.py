@@ -158,3 +158,16 @@ def test_initcheck_leaves_fresh_memory_as_it_is(monkeypatch: pytest.MonkeyPatch)
         for marks in ({}, {"TESTS_UNDER_INITCHECK": started["env"]["TESTS_UNDER_INITCHECK"]})
     ]
     assert shown == [["cuda", "True"], ["cpu", "False"]]
+
+
+def test_racecheck_that_breaks_off_at_the_gemms_keeps_the_other_kernels_outcome(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run_under(_tool: str, command: list[str], *_: object) -> sanitize.Report:
+        has_gemms = any("grouped_gemm" in word for word in command)
+        return sanitize.Report(BROKEN_OFF if has_gemms else CLEAN, 1.0)
+
+    monkeypatch.setattr(sanitize, "run_under", run_under)
+    rows = sanitize.check_cases("racecheck", 9.0, None)
+    outcomes = {row["case"]: row["is_clean"] for row in rows if "is_clean" in row}
+    assert outcomes == dict(zip(sanitize.APART, (True, False), strict=True))
