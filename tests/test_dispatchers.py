@@ -13,7 +13,9 @@ from torch_moe_ep.testing import LoneExperts, assert_close, batch_of, random_rou
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients
 
 
-def layer_on_rank(ep: int, config: dict, top_k: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def layer_on_rank(
+    ep: int, config: dict, top_k: int, dtype: torch.dtype, autocast: bool = False
+) -> dict[str, torch.Tensor]:
     """Output, gradients and counters of lone experts; ranks hold different numbers of tokens."""
     mesh, rank = init_device_mesh("cpu", ep), dist.get_rank()
     model = apply_expert_parallel(LoneExperts(8).to(dtype), mesh, MoEConfig(**config))
@@ -22,7 +24,8 @@ def layer_on_rank(ep: int, config: dict, top_k: int, dtype: torch.dtype) -> dict
     x = torch.randn(tokens, 16, generator=generator).to(dtype).requires_grad_()
     ids, weights = random_routing(tokens, top_k, 8, seed=rank)
     weights.requires_grad_()
-    y = model(x, ids, weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = model(x, ids, weights)
     (y * torch.randn(y.shape, generator=generator)).sum().backward()
     grads = full_gradients(model)
     return {"y": y.detach(), "x": x.grad, "w": weights.grad, **grads,
@@ -39,6 +42,32 @@ def test_all_gather_equals_all_to_all(ranks, world, ep, top_k, dtype):
             assert all(torch.equal(ours[name], expected[name]) for name in expected)
         # Parts of three or in bf16 are rounded once more on their way home.
         assert_close(ours, expected, 1e-6 if dtype == torch.float32 else 2**-6)
+
+
+def rows_under_autocast(config: dict) -> tuple[list[torch.dtype], dict[str, torch.Tensor]]:
+    """Dtypes of the rows of hidden size that an all-gather takes along, and the layer's results."""
+    seen: list[torch.dtype] = []
+    gather = dist.all_gather_into_tensor
+
+    def watched(output: torch.Tensor, rows: torch.Tensor, **options: object) -> object:
+        if rows.shape[-1] == 16:
+            seen.append(rows.dtype)
+        return gather(output, rows, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather_into_tensor", watched)
+        results = layer_on_rank(2, config, 2, torch.float32, autocast=True)
+    return seen, results
+
+
+def test_all_gather_under_autocast_moves_rows_in_its_dtype(ranks):
+    """Hidden states in forward and the output's gradient in backward; results as all-to-all's."""
+    plain = ranks(2).run(rows_under_autocast, {})
+    gathered = ranks(2).run(rows_under_autocast, {"dispatcher": "all_gather"})
+    for (seen, ours), (_, expected) in zip(gathered, plain, strict=True):
+        assert seen == [torch.bfloat16] * 2
+        assert ours["y"].dtype == ours["x"].dtype == torch.float32
+        assert_close(ours, expected, 2**-6)
 
 
 def model_on_rank(run: Run, checkpointing: bool) -> tuple[float, dict[str, torch.Tensor]]:

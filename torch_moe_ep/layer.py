@@ -175,7 +175,7 @@ class ExpertParallelExperts(nn.Module):
         Collective over the EP group (four all-gathers, a reduce-scatter), one host sync.
         """
         group = _resolve_process_group(self.ep_group_name)  # type: ignore[arg-type]
-        x = hidden_states.reshape(-1, hidden_states.size(-1))
+        x = self.tokens_of(hidden_states)
         tokens, ids, weights = gather_tokens(
             x, top_k_index, top_k_weights.float(), self.num_global_experts, group
         )
