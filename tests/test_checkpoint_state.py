@@ -190,19 +190,19 @@ def save_twice(folder: str) -> None:
     model = build(RUN)
     with pytest.MonkeyPatch.context() as patch:
         gate = Gate(patch)
-        open_folder, wait = save_module._open, save_module.wait_for_checkpoint
+        open_folder, wait = save_module._open, save_module.meet_when_written
 
         def watched_open(*args):
             gate.events.append("open")
             open_folder(*args)
 
-        def watched_wait():
+        def watched_wait(call):
             if gate.events[-1:] == ["open"]:  # the second save has begun, the first one is held
                 gate.opened.set()
-            wait()
+            wait(call)
 
         patch.setattr(save_module, "_open", watched_open)
-        patch.setattr(save_module, "wait_for_checkpoint", watched_wait)
+        patch.setattr(save_module, "meet_when_written", watched_wait)
         save_checkpoint(f"{folder}/one", model, step=1, async_save=True)
         if dist.get_rank() != 0:
             gate.events.append("open")

@@ -23,8 +23,9 @@ def all_gather(row: torch.Tensor, group: dist.ProcessGroup | None = None) -> tor
     """Gather a row of numbers: ``[n]`` of any dtype on every rank to ``[P, n]``, in rank order.
 
     Unlike torch's own collectives it has the time-out of the expert-parallel ones
-    (``TORCH_MOE_EP_TIMEOUT_S``) and names the ranks that did not take part. Collective over the
-    group (None: all ranks); without a process group the row itself.
+    (``TORCH_MOE_EP_TIMEOUT_S``) and names the ranks that did not take part; over NCCL, where the
+    host does not wait in it, process-group hooks do. Collective over the group (None: all ranks);
+    without a process group the row itself.
     """
     if not dist.is_initialized():
         return row.unsqueeze(0)

@@ -25,6 +25,7 @@ from torch_moe_ep.checkpoint.weights import (
     inner_model,
 )
 from torch_moe_ep.integrations.peft import has_adapters
+from torch_moe_ep.parallel.agreement import meet
 
 
 @torch.no_grad()
@@ -46,7 +47,8 @@ def export_hf(
 
     Raises:
         ValueError: not a transformers model, one with adapters, or max_shard_bytes below 1.
-        RuntimeError: on every rank, when rank 0 could not write.
+        RuntimeError: on every rank, when rank 0 could not write. A rank did not come within the
+            time-out; the message names it.
 
     Collective over all ranks (one gather and one small broadcast per weight); syncs the host.
     """
@@ -64,6 +66,7 @@ def export_hf(
         )
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}.")
+    meet("export_hf")
     export = HubExport(inner, Path(folder), max_shard_bytes, find_weights(model))
     on_rank0(export.begin)
     for weight, tensor in each_tensor(model, export.weights, writeback=False):

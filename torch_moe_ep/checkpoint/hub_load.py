@@ -14,6 +14,7 @@ from torch_moe_ep.checkpoint.hub_files import HubFiles, LoadReport
 from torch_moe_ep.checkpoint.hub_names import Piece, Source, find_sources
 from torch_moe_ep.checkpoint.weights import Box, Weight, check_is_model, each_tensor, find_weights
 from torch_moe_ep.integrations.peft import base_name, is_adapter_name
+from torch_moe_ep.parallel.agreement import meet
 from torch_moe_ep.parallel.state import ExpertParallelState, fsdp_param_groups, states_of
 
 
@@ -42,6 +43,7 @@ def load_hf(model: nn.Module, folder: str | os.PathLike[str]) -> LoadReport:
             folder does not fit it (truncated or missing file, missing expert or weight, other
             shape or kind of dtype, extra tensors, an index that points outside of the folder).
             Also when reading fails later; weights are then part old, part new.
+        RuntimeError: a rank did not come within the time-out; the message names it.
 
     Collective over all ranks (two exchanges of small objects; one gather per unit under FSDP1).
     Syncs the host.
@@ -53,6 +55,7 @@ def load_hf(model: nn.Module, folder: str | os.PathLike[str]) -> LoadReport:
             "load_hf needs a model that apply_expert_parallel changed; load others with "
             "from_pretrained."
         )
+    meet("load_hf")
     files: HubFiles | None = None
     sources: list[Source] = []
     failure: Exception | None = None

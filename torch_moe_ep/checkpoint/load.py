@@ -33,7 +33,7 @@ from torch_moe_ep.checkpoint.rank_state import (
     unpack,
 )
 from torch_moe_ep.checkpoint.rng import set_rng_state
-from torch_moe_ep.checkpoint.save import wait_for_checkpoint
+from torch_moe_ep.checkpoint.save import meet_when_written
 from torch_moe_ep.checkpoint.weights import check_wrappers
 
 MISFITS = ("Size mismatch", "Missing key")  # how torch begins what its load planner finds
@@ -78,13 +78,14 @@ def load_checkpoint(
         ValueError: on every rank, before anything changes: it has no optimizer or no scheduler,
             a weight or state is missing or has another shape, or the model came without the FSDP1
             wrapper around it.
-        RuntimeError: a save in the background failed (see `save_checkpoint`).
+        RuntimeError: a save in the background failed (see `save_checkpoint`), or a rank did not
+            come within the time-out; the message names it.
         CheckpointException: from torch, when a file cannot be read.
 
     Collective over all ranks; syncs the host. Weights and states come back bit for bit.
     """
     check_wrappers(model)
-    wait_for_checkpoint()
+    meet_when_written("load_checkpoint")
     folder, marker = on_rank0(functools.partial(_find, Path(path)))
     saved = FileSystemReader(folder).read_metadata()
     if optimizer is not None and not marker["has_optimizer"]:

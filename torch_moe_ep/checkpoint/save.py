@@ -37,6 +37,7 @@ from torch_moe_ep.checkpoint.hub_writer import save_config
 from torch_moe_ep.checkpoint.quiet import without_fsdp1_warnings
 from torch_moe_ep.checkpoint.rank_state import collect_host, routing_state, sharded_state
 from torch_moe_ep.checkpoint.weights import check_wrappers, inner_model
+from torch_moe_ep.parallel.agreement import meet
 from torch_moe_ep.parallel.state import states_of
 
 
@@ -95,7 +96,8 @@ def save_checkpoint(
             on all, a state that is not made of plain values, or a model without the FSDP1 wrapper
             around it.
         RuntimeError: on every rank, when a file could not be written, now or by the save in the
-            background before this one.
+            background before this one. A rank did not come within the time-out; the message names
+            it.
 
     Collective over all ranks; every rank writes its own shards. Syncs the host. Blocks until the
     files are written, with `async_save` until they are copied.
@@ -103,7 +105,7 @@ def save_checkpoint(
     if num_kept is not None and num_kept < 1:
         raise ValueError(f"num_kept must be None or at least 1, got {num_kept}.")
     check_wrappers(model)
-    wait_for_checkpoint()
+    meet_when_written("save_checkpoint")
     folder = Path(os.path.abspath(path))
     optimizer_name = "no optimizer" if optimizer is None else type(optimizer).__name__
     check_alike(
@@ -131,14 +133,31 @@ def wait_for_checkpoint() -> None:
     """Wait for the save in the background, if there is one.
 
     Raises:
-        RuntimeError: on every rank, when it failed; the folder is then no checkpoint.
+        RuntimeError: on every rank, when it failed; the folder is then no checkpoint. A rank did
+            not come within the time-out; the message names it.
 
     Collective over all ranks when a save is under way; else returns at once.
     """
+    if _under_way is not None:
+        meet_when_written("wait_for_checkpoint")
+
+
+def meet_when_written(call: str) -> None:
+    """Wait for the save in the background, if there is one, then for all ranks to come to `call`.
+
+    In this order, since the thread that writes may need the store, which is waited for in `meet`.
+
+    Raises:
+        RuntimeError: on every rank, when that save failed; or a rank did not come.
+
+    Collective over all ranks.
+    """
     global _under_way
+    failure = None if _under_way is None else _under_way.done.exception()
+    meet(call)
     pending, _under_way = _under_way, None
     if pending is not None:
-        _raise_failed(pending.folder, pending.done.exception())
+        _raise_failed(pending.folder, failure)
 
 
 @without_fsdp1_warnings()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torch_moe_ep.gather import sum_over_ranks
+from torch_moe_ep.parallel.agreement import meet
 from torch_moe_ep.parallel.state import states_of
 
 NO_EXPERTS = "the model has no expert-parallel experts; call torch_moe_ep.apply_expert_parallel."
@@ -45,12 +46,14 @@ def expert_load(model: nn.Module, *, reset: bool = False) -> ExpertLoad:
 
     Raises:
         ValueError: no expert-parallel experts in the model.
+        RuntimeError: a rank did not come within the time-out; the message names it.
 
     Collective over all ranks (one all-reduce of layers * E int64); syncs the host.
     """
     counters = _counters(model)
     if not counters:
         raise ValueError(NO_EXPERTS)
+    meet("expert_load")
     tokens = sum_over_ranks(counters)
     if reset:
         reset_expert_load(model)
@@ -85,6 +88,7 @@ def router_losses(model: nn.Module, *, reset: bool = False) -> RouterLosses:
 
     Raises:
         ValueError: the model's routers are Hugging Face's own, which count nothing here.
+        RuntimeError: a rank did not come within the time-out; the message names it.
 
     Collective over all ranks (one all-reduce of layers * 5 fp64); syncs the host.
     """
@@ -94,6 +98,7 @@ def router_losses(model: nn.Module, *, reset: bool = False) -> RouterLosses:
             "the model's routers are Hugging Face's own and add no loss; choose routing, "
             "z_loss_coeff or capacity_factor in the MoEConfig of apply_expert_parallel."
         )
+    meet("router_losses")
     sums = torch.stack([router.loss_sums for router in routers.values()])
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -180,6 +185,7 @@ def node_traffic(model: nn.Module, *, reset: bool = False) -> NodeTraffic:
 
     Raises:
         ValueError: no layer of the model uses transport="hierarchical".
+        RuntimeError: a rank did not come within the time-out; the message names it.
 
     Collective over all ranks (one all-reduce of layers * 2 int64); syncs the host.
     """
@@ -194,6 +200,7 @@ def node_traffic(model: nn.Module, *, reset: bool = False) -> NodeTraffic:
             'no layer counts bytes between nodes; they do with transport="hierarchical" where the '
             "expert-parallel group spans nodes (or TORCH_MOE_EP_RANKS_PER_NODE says so)."
         )
+    meet("node_traffic")
     device = next(iter(layers.values()))[1]
     sums = torch.stack([experts.bytes_between_nodes for experts, _ in layers.values()]).to(device)
     dist.all_reduce(sums)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from torch_moe_ep.gather import all_gather
 from torch_moe_ep.parallel.state import ExpertParallelState, iter_experts, states_of
 
 BUCKET_ELEMENTS = 1 << 25  # bounds the extra memory: 128 MiB of fp32 per all-reduce
@@ -25,9 +26,12 @@ def average_gradients(model: nn.Module) -> None:
 
     Raises:
         ValueError: DDP or FSDP averages already.
+        RuntimeError: a rank did not take part within the time-out; the message names it (over NCCL
+            with process-group hooks).
 
-    Collective over all ranks (one all-reduce per 32 Mi elements and dtype, one for presence).
-    Syncs the host once, to learn which gradients exist anywhere. Same bits on every rank.
+    Collective over all ranks (an all-gather of a byte per parameter, and one all-reduce per 32 Mi
+    elements and dtype). Syncs the host once, to learn which gradients exist anywhere. Same bits on
+    every rank.
     """
     params = _dense_parameters(model)
     for state in states_of(model):
@@ -35,9 +39,9 @@ def average_gradients(model: nn.Module) -> None:
     if not params or not dist.is_initialized():
         return
     device = params[0].device
-    has_grad = torch.tensor([p.grad is not None for p in params], dtype=torch.int32, device=device)
-    dist.all_reduce(has_grad, op=dist.ReduceOp.MAX)
-    present = [p for p, is_there in zip(params, has_grad.tolist(), strict=True) if is_there]
+    has_grad = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=device)
+    is_anywhere = all_gather(has_grad).amax(dim=0).tolist()
+    present = [p for p, is_there in zip(params, is_anywhere, strict=True) if is_there]
     for param in present:
         if param.grad is None:
             param.grad = torch.zeros_like(param)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.device_mesh import init_device_mesh as _torch_init_device_mesh
 
-from torch_moe_ep.parallel.agreement import agree, first_difference
+from torch_moe_ep.parallel.agreement import agree, first_difference, meet
 
 MESH_DIMS = ("replicate", "shard", "ep")
 
@@ -109,6 +109,7 @@ def dense_mesh(mesh: DeviceMesh, shard_degree: int) -> DeviceMesh:
 
     Raises:
         ValueError: shard_degree does not divide W.
+        RuntimeError: a rank did not come within the time-out; the message names it.
 
     Collective: creates process groups.
     """
@@ -118,6 +119,7 @@ def dense_mesh(mesh: DeviceMesh, shard_degree: int) -> DeviceMesh:
             f"shard_degree must divide the number of ranks, got {shard_degree} for {world_size} "
             f"ranks; choose one of its divisors."
         )
+    meet("dense_mesh")
     return _torch_init_device_mesh(
         mesh.device_type,
         (world_size // shard_degree, shard_degree),

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from torch_moe_ep.integrations import peft
 from torch_moe_ep.parallel.adapters import ExpertParallelAdapter
-from torch_moe_ep.parallel.agreement import agree
+from torch_moe_ep.parallel.agreement import meet
 
 TOPIC = "save_pretrained (of an expert-parallel model: call it on all ranks)"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -31,7 +31,7 @@ def gather_on_save(model: nn.Module) -> None:
             return save(save_directory, *args, **kwargs)
         from torch_moe_ep.checkpoint import export_hf
 
-        agree(TOPIC, "", lambda _notes: None)
+        meet(TOPIC)
         size = kwargs.get("max_shard_size")
         options = {} if size is None else {"max_shard_bytes": _bytes(size)}
         return export_hf(model, save_directory, **options)
@@ -49,7 +49,7 @@ def gather_adapters_on_save(model: nn.Module) -> None:
     def run(save_directory: str, *args: Any, **kwargs: Any) -> Any:
         given = kwargs.pop("state_dict", None)
         if given is None:
-            agree(TOPIC, "", lambda _notes: None)
+            meet(TOPIC)
             given = model.state_dict()
         kwargs.setdefault("is_main_process", dist.get_rank() == 0)
         return save(save_directory, *args, state_dict=_whole_adapters(model, given), **kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from torch_moe_ep.integrations.smp.logger import get_logger
+from torch_moe_ep.parallel.agreement import meet
 
 _RANK_FOLDER = re.compile(r"(ep|tp|cp)\d+-\d+")
 
@@ -43,8 +44,7 @@ def limit_num_subdirs(
     newest = Path(os.path.abspath(path))
     while _RANK_FOLDER.fullmatch(newest.name):
         newest = newest.parent
-    if dist.is_initialized():
-        dist.barrier()
+    meet("limit_num_subdirs")
     if num >= 1 and (not dist.is_initialized() or dist.get_rank() == 0):
         names = [entry.name for entry in newest.parent.iterdir() if entry.is_dir()]
         names = [name for name in names if regex is None or re.search(regex, name)]

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from torch_moe_ep.parallel.agreement import meet
+
 
 def is_part(group: dist.ProcessGroup | None) -> bool:
     """Whether a group is fewer than all ranks, and so may lack EP ranks."""
@@ -20,15 +22,21 @@ def is_part(group: dist.ProcessGroup | None) -> bool:
 
 
 def coordinators_folder(
-    folder: str | os.PathLike[str], coordinator_rank: int, group: dist.ProcessGroup | None
+    call: str,
+    folder: str | os.PathLike[str],
+    coordinator_rank: int,
+    group: dist.ProcessGroup | None,
 ) -> str:
-    """The folder that the coordinator (a global rank) named, on every rank of a group.
+    """The folder that the coordinator (a global rank) named, on every rank of a group in `call`.
 
     Scripts name a folder for each EP rank also when one group holds them all; a checkpoint of
-    that group is one folder, and its index is where the coordinator writes. Collective.
+    that group is one folder, and its index is where the coordinator writes. Collective; a group of
+    all ranks names those that do not come.
     """
     if not dist.is_initialized():
         return os.fspath(folder)
+    if not is_part(group):
+        meet(call)
     names = [os.fspath(folder)]
     dist.broadcast_object_list(names, src=coordinator_rank, group=group)
     return names[0]

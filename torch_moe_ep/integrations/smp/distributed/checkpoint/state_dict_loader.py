@@ -71,7 +71,9 @@ def load(
         storage_reader = FileSystemReader(checkpoint_id)
     if isinstance(storage_reader, FileSystemReader):
         group_rank(coordinator_rank, process_group)  # refuses a rank outside of the group
-        folder = coordinators_folder(storage_reader.path, coordinator_rank, process_group)
+        folder = coordinators_folder(
+            "state_dict_loader.load", storage_reader.path, coordinator_rank, process_group
+        )
         storage_reader = FileSystemReader(folder)
     load_state_dict(state_dict, storage_reader, process_group, coordinator_rank, planner=planner)
 

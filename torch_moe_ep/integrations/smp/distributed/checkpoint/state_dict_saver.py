@@ -75,7 +75,9 @@ def async_save(
     background, and resumes at another degree.
     """
     group_rank(coordinator_rank, process_group)  # refuses a rank outside of the group
-    folder = coordinators_folder(checkpoint_id, coordinator_rank, process_group)
+    folder = coordinators_folder(
+        "state_dict_saver.async_save", checkpoint_id, coordinator_rank, process_group
+    )
     writer = FileSystemWriter(folder)
     save_state_dict(state_dict, writer, process_group, coordinator_rank, planner=planner)
 
