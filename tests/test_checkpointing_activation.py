@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from torch_moe_ep import apply_expert_parallel, init_device_mesh
+from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
 from torch_moe_ep.testing import tiny_mixtral
 from torch_moe_ep.testing.parallel import decoder_layers, from_rank0, full_gradients, wrap
 
@@ -23,7 +23,7 @@ HUGGING_FACE = {"hf": False, "hf_reentrant": True}
 def checkpointed_gradients(run: Run, how: str, order: str):
     """Gradients with activation checkpointing put on before or after the data parallelism."""
     mesh = init_device_mesh("cpu", run.ep, run.shard)
-    model = apply_expert_parallel(tiny_mixtral(**run.model), mesh)
+    model = apply_expert_parallel(tiny_mixtral(**run.model), mesh, MoEConfig(**run.config))
     layer_class = type(decoder_layers(model)[0])
 
     def add_checkpointing(module):
@@ -72,6 +72,16 @@ def test_trap_11_checkpointed_gradients_are_bit_equal(ranks, wrap_kind, how, ord
     plain = ranks(2).run(checkpointed_gradients, run, "none", "before")[0]
     actual = ranks(2).run(checkpointed_gradients, run, how, order)[0]
     assert set(actual) == set(plain)
+    assert [name for name in plain if not torch.equal(actual[name], plain[name])] == []
+
+
+@pytest.mark.parametrize("how", ["hf", "hf_reentrant"])
+def test_router_losses_keep_their_gradient_in_checkpointed_blocks(ranks, how):
+    """Hugging Face's own auxiliary loss loses it in reentrant ones."""
+    losses = {"routing": "aux_loss", "aux_loss_coeff": 0.5, "z_loss_coeff": 0.1}
+    run = Run("fsdp2", 2, 2, model=UNEVEN, config=losses)
+    plain = ranks(2).run(checkpointed_gradients, run, "none", "before")[0]
+    actual = ranks(2).run(checkpointed_gradients, run, how, "before")[0]
     assert [name for name in plain if not torch.equal(actual[name], plain[name])] == []
 
 
