@@ -28,6 +28,8 @@ CALLS = {
     "export_hf": lambda model, folder: torch_moe_ep.export_hf(model, f"{folder}/hf"),
     "load_hf": lambda model, folder: torch_moe_ep.load_hf(model, f"{folder}/hf"),
     "expert_load": lambda model, _: metrics.expert_load(model),
+    "router_losses": lambda model, _: metrics.router_losses(model),
+    "Recorder": lambda model, _: metrics.Recorder(model),
     "dense_mesh": lambda model, _: torch_moe_ep.dense_mesh(states_of(model)[0].mesh, 1),
     "limit_num_subdirs": lambda _, folder: limit_num_subdirs(f"{folder}/one", 1),
     "state_dict_saver.async_save": lambda _, folder: state_dict_saver.async_save(
@@ -96,7 +98,7 @@ def test_ranks_that_stay_away_are_named_by_the_others(ranks, tmp_path, world, ab
 
 def messages_at_once(rank: int, folder: str) -> list[str]:
     """What each call says to rank 0 alone, which does not wait here; then a call of both."""
-    model = build(Run("none", 2, 2))
+    model = build(Run("none", 2, 2, config={"routing": "aux_loss"}))
     torch_moe_ep.save_checkpoint(f"{folder}/one", model, async_save=True)
     if rank == 1:
         wait_for([0])

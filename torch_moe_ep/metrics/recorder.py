@@ -16,6 +16,7 @@ from torch import nn
 
 from torch_moe_ep.metrics.counters import NO_EXPERTS, imbalance_of, traffic
 from torch_moe_ep.metrics.entropy import watch_entropy
+from torch_moe_ep.parallel.agreement import meet
 from torch_moe_ep.parallel.state import ExpertParallelState, states_of
 
 Record = dict[str, Any]
@@ -61,6 +62,10 @@ class Recorder:
 
     Raises:
         ValueError: no expert-parallel experts in the model.
+        RuntimeError: a rank did not come within the time-out; the message names it. Every rank
+            makes a recorder, as each `step` adds up what all of them counted.
+
+    Collective over all ranks, on the host alone.
     """
 
     def __init__(self, model: nn.Module, *writers: Writer, every: int = 1) -> None:
@@ -70,6 +75,7 @@ class Recorder:
         self._layers = _layers_of(self._states)
         if not self._layers:
             raise ValueError(NO_EXPERTS)
+        meet("Recorder")
         self._writers: Sequence[Writer] = writers
         self._every = every
         self._is_writing = not dist.is_initialized() or dist.get_rank() == 0
