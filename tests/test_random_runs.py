@@ -1,0 +1,102 @@
+"""Options that no other test puts together: models, wrappers, grids, configurations at random.
+
+A run's number draws it, so that a failure comes again. Gradients are those of one process.
+"""
+
+import contextlib
+import random
+from typing import Any
+
+import pytest
+import torch
+from node_cases import ranks_per_node
+from parallel_cases import AUX, TIED, Run, backward, build, reference_of
+
+from torch_moe_ep.testing import assert_close
+from torch_moe_ep.testing.parallel import from_rank0, full_gradients
+
+TOLERANCE = 3e-5  # single tests have 1e-5; a sharp router on top of other options is worse off
+CHECKPOINTING = {"none": None, "hf": False, "hf_reentrant": True}
+NUM_RUNS, NUM_FULL_RUNS = 16, 200
+
+
+def draw_model(rng: random.Random, ep: int) -> dict[str, Any]:
+    experts = rng.choice([count for count in (4, 6, 8, 12, 16) if count % ep == 0])
+    top_k = rng.choice([1, 2, 3, experts - 1])
+    model: dict[str, Any] = {"num_local_experts": experts, "num_experts_per_tok": top_k}
+    model["router_scale"] = rng.choice([1.0, 10.0, 40.0])
+    if rng.random() < 0.3 or top_k == 1:  # one normalised weight alone is 1, without a gradient
+        model.update(AUX)
+    if rng.random() < 0.2:
+        model.update(TIED)
+    return model
+
+
+def draw_config(rng: random.Random, ep: int, has_aux: bool) -> dict[str, Any]:
+    drawn = {
+        "recompute": rng.choice(["none", "gate_up"]),
+        "max_slots": rng.choice([0, 0, 1, 8, 64]),
+        "received_rows": rng.choice(["auto", "keep"]),
+        "gradient": rng.choice(["mean", "mean", "sum"]),
+        "router_dtype": rng.choice([None, None, "float32"]),
+        # Hugging Face's auxiliary loss of tokens that were mixed is another one.
+        "global_token_shuffle": not has_aux and rng.random() < 0.3,
+    }
+    travel = rng.choice(["plain", "chunks", "all_gather", "nodes" if ep == 4 else "plain"])
+    if travel == "chunks":
+        drawn["num_chunks"] = rng.choice([2, 3, 40])
+    elif travel == "all_gather":
+        drawn["dispatcher"] = "all_gather"
+    elif travel == "nodes":
+        drawn["transport"] = "hierarchical"
+    return drawn
+
+
+def draw(number: int) -> tuple[Run, str]:
+    """A run and its activation checkpointing."""
+    rng = random.Random(number)
+    world = rng.choice([1, 2, 3, 4, 4])
+    ep = rng.choice([degree for degree in (1, 2, 3, 4) if world % degree == 0])
+    wraps = ["fsdp2", "fsdp1", "none", "fsdp1_grad_op", "fsdp1_no_shard"]
+    wraps += ["ddp"] * (world > 1) + ["hsdp2"] * (world % 2 == 0)
+    wraps += ["fsdp1_hybrid", "fsdp1_hybrid_zero2"] * (world == 4)
+    wrap = rng.choice(wraps)
+    shards = [degree for degree in (1, 2, 4) if (world // ep) % degree == 0]
+    shard = rng.choice([0, *shards]) if wrap in ("fsdp2", "hsdp2") else 0
+    model = draw_model(rng, ep)
+    has_aux = "output_router_logits" in model
+    config = draw_config(rng, ep, has_aux)
+    # Reentrant checkpointing takes the auxiliary loss's gradient from Hugging Face's router.
+    checkpointing = rng.choice(["none", "none", "hf"] + ["hf_reentrant"] * (not has_aux))
+    return Run(wrap, world, ep, shard, model, config), checkpointing
+
+
+def gradients_of(run: Run, checkpointing: str) -> tuple[float, dict[str, torch.Tensor]]:
+    has_nodes = run.config.get("transport") == "hierarchical"
+    with ranks_per_node(2) if has_nodes else contextlib.nullcontext():
+        model = build(run)
+    if checkpointing != "none":
+        inner = model
+        while not hasattr(inner, "gradient_checkpointing_enable"):
+            inner = inner.module
+        inner.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[checkpointing]})
+        inner.train()
+    loss = backward(run, model)
+    return loss, from_rank0(full_gradients(model))
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        *range(NUM_RUNS),
+        *(pytest.param(n, marks=pytest.mark.full) for n in range(NUM_RUNS, NUM_FULL_RUNS)),
+    ],
+)
+def test_gradients_of_options_put_together_at_random(ranks, number):
+    run, checkpointing = draw(number)
+    shown = f"run {number}: {run}, {run.model}, {run.config}, checkpointing {checkpointing}"
+    results = ranks(run.world).run(gradients_of, run, checkpointing)
+    loss, gradients = reference_of(run)
+    mean = sum(found for found, _ in results) / run.world
+    assert abs(mean - loss) <= TOLERANCE * abs(loss), shown
+    assert_close(results[0][1], gradients, TOLERANCE, shown)
