@@ -158,10 +158,10 @@ def transformers_experts(case: Case, inputs: Inputs, implementation: str) -> nn.
     return module
 
 
-def our_experts(case: Case, inputs: Inputs, **options: str) -> nn.Module:
+def our_experts(case: Case, inputs: Inputs, **options: Any) -> nn.Module:
     """The expert-parallel experts module at P = 1, as `apply_expert_parallel` makes it."""
     module = transformers_experts(case, inputs, "eager")
-    return make_local_expert_parallel(module, MoEConfig(**options))  # type: ignore[arg-type]
+    return make_local_expert_parallel(module, MoEConfig(**options))
 
 
 def candidates_of(

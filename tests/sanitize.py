@@ -7,9 +7,9 @@ Each tool must find a planted fault first (planted_faults.cu, compiled with nvcc
 would prove nothing. Then memcheck, racecheck and synccheck look at this package's kernels alone,
 initcheck at all kernels, as it must see who writes what, with PyTorch's caching allocator off.
 racecheck looks at the GEMMs apart from the other kernels, and of them at the sm_80 ones only:
-compute-sanitizer 2025.3 stops with an internal error at the first launch of an sm_90a one. Findings
-in this package's kernels, or a tool that broke off, fail the run: exit status 1. A tool's rows
-replace those of an earlier run from the same commit.
+compute-sanitizer 2025.3 stops with an internal error at the first launch of an sm_90a one (and, on
+an H200, of an sm_80 one). Findings in this package's kernels, or a tool that broke off, fail the
+run: exit status 1. A tool's rows replace those of an earlier run from the same commit.
 """
 
 from __future__ import annotations

@@ -171,3 +171,15 @@ def test_racecheck_that_breaks_off_at_the_gemms_keeps_the_other_kernels_outcome(
     rows = sanitize.check_cases("racecheck", 9.0, None)
     outcomes = {row["case"]: row["is_clean"] for row in rows if "is_clean" in row}
     assert outcomes == dict(zip(sanitize.APART, (True, False), strict=True))
+
+
+def test_run_that_is_cut_off_keeps_what_was_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho '========= Invalid __global__ write'\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitize, "compute_sanitizer", lambda: str(tool))
+    report = sanitize.run_under("memcheck", [], None, 1.0)
+    assert "Invalid __global__ write" in report.text
+    assert report.broke_off is not None and "ran past 1 s" in report.broke_off

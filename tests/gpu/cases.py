@@ -15,6 +15,11 @@ import torch
 
 requires_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
+# Set by tests.sanitize. initcheck looks at all kernels: NaN written into fresh memory would hide
+# who reads it unwritten, and a library's GEMMs take it minutes, so that oracles go to the CPU.
+IS_UNDER_INITCHECK = "TESTS_UNDER_INITCHECK" in os.environ
+ORACLE_DEVICE = "cpu" if IS_UNDER_INITCHECK else "cuda"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -78,12 +83,6 @@ def normal(
     """Random normal data on the CPU, rounded to ``dtype``."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(shape, generator=generator) * scale).to(dtype)
-
-
-# Set by tests.sanitize. initcheck looks at all kernels: NaN written into fresh memory would hide
-# who reads it unwritten, and a library's GEMMs take it minutes, so that oracles go to the CPU.
-IS_UNDER_INITCHECK = "TESTS_UNDER_INITCHECK" in os.environ
-ORACLE_DEVICE = "cpu" if IS_UNDER_INITCHECK else "cuda"
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch_moe_ep import ops
 
 from .cases import (
+    ORACLE_DEVICE,
     Case,
     expert_ids_of,
     normal,
@@ -129,10 +130,15 @@ def results_of(inputs: Inputs, **options: object) -> list[torch.Tensor]:
 def torch_results_of(inputs: Inputs, dtype: torch.dtype) -> list[torch.Tensor]:
     """The same in plain torch, one expert after another, in ``dtype``."""
     used = inputs.used
-    rows = inputs.rows[:used].to(dtype).requires_grad_()
-    row_weights = inputs.row_weights[:used].float().clone().requires_grad_()
-    gate_up = inputs.gate_up.to(dtype).clone().requires_grad_()
-    down = inputs.down.to(dtype).clone().requires_grad_()
+    rows, row_weights, gate_up, down = (
+        tensor.to(ORACLE_DEVICE).to(kept, copy=True).requires_grad_()
+        for tensor, kept in (
+            (inputs.rows[:used], dtype),
+            (inputs.row_weights[:used], torch.float32),
+            (inputs.gate_up, dtype),
+            (inputs.down, dtype),
+        )
+    )
     offsets = inputs.plan.expert_offsets.tolist()
     parts = []
     for expert in range(len(offsets) - 1):
@@ -142,7 +148,8 @@ def torch_results_of(inputs: Inputs, dtype: torch.dtype) -> list[torch.Tensor]:
         parts.append(hidden @ down[expert].t())
     y = torch.cat(parts)
     leaves = (rows, row_weights, gate_up, down)
-    return [y.detach(), *torch.autograd.grad(y, leaves, inputs.grad_y[:used].to(dtype))]
+    grad_y = inputs.grad_y[:used].to(ORACLE_DEVICE).to(dtype)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
 
 
 def assert_close_to_oracle(ours: list[torch.Tensor], inputs: Inputs) -> None:

@@ -25,10 +25,8 @@ struct OperandLayout {
 // Frees a stage: for this CTA's producer and, in a cluster, for the peer's, which writes it too.
 template <class Config>
 __device__ __forceinline__ void release_stage(uint32_t empty_barrier, int thread) {
-  if constexpr (Config::kClusterSize == 1) {
-    if (thread == 0) barrier_arrive(empty_barrier);
-  } else {
-    if (thread < Config::kClusterSize) barrier_arrive_remote(empty_barrier, thread);
+  if (thread < Config::kClusterSize) {
+    barrier_arrive_at<Config::kClusterSize>(empty_barrier, thread);
   }
 }
 

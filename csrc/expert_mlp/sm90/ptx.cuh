@@ -44,6 +44,17 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t
       : "memory");
 }
 
+// A CTA without a cluster has no remote shared memory, and compute-sanitizer takes an access in
+// that form for an error.
+template <int kClusterSize>
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t cta_rank) {
+  if constexpr (kClusterSize == 1) {
+    barrier_arrive(barrier);
+  } else {
+    barrier_arrive_remote(barrier, cta_rank);
+  }
+}
+
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   asm volatile(
       "{\n.reg .pred done;\n"

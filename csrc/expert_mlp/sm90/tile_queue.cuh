@@ -46,17 +46,6 @@ __device__ __forceinline__ void hand_out_tiles(const KernelArguments& args,
   } while (number < num_tiles);
 }
 
-// A CTA without a cluster has no remote shared memory, and compute-sanitizer takes an access in
-// that form for an error.
-template <class Config>
-__device__ __forceinline__ void arrive_at_first_cta(uint32_t barrier) {
-  if constexpr (Config::kClusterSize == 1) {
-    barrier_arrive(barrier);
-  } else {
-    barrier_arrive_remote(barrier, 0);
-  }
-}
-
 // The tiles of this cluster one after the other, as one role of a CTA sees them.
 template <class Config, class Scheduler>
 struct TileReader {
@@ -73,7 +62,7 @@ struct TileReader {
   // Another tile may be handed out in its place once one thread of each reader has said so.
   __device__ __forceinline__ void release(bool says_so) {
     if constexpr (Config::kHasQueue) {
-      if (says_so) arrive_at_first_cta<Config>(shared.tile_empty(ring.stage));
+      if (says_so) barrier_arrive_at<Config::kClusterSize>(shared.tile_empty(ring.stage), 0);
       ring.next();
     }
   }
