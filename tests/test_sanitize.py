@@ -74,21 +74,28 @@ def test_run_that_proves_nothing_is_not_clean(text: str, message: str) -> None:
     assert message in str(row["message"])
 
 
-def test_racecheck_leaves_the_sm90_gemms_out() -> None:
-    node = "tests/gpu/test_grouped_gemm.py::test_grouped_gemm_equals_oracle[E1-128-N8-K8-NT-{}]"
-    kept = {
-        (tool, kernels): sanitize.SmallCases(tool).is_kept(node.format(kernels))
-        for tool in ("memcheck", "racecheck")
-        for kernels in ("auto", "sm80", "torch")
-    }
-    assert kept == {
-        ("memcheck", "auto"): True,
-        ("memcheck", "sm80"): True,
-        ("memcheck", "torch"): False,
-        ("racecheck", "auto"): False,
-        ("racecheck", "sm80"): True,
-        ("racecheck", "torch"): False,
-    }
+@pytest.mark.parametrize(
+    ("test", "tools"),
+    [
+        ("grouped_gemm_equals_oracle[E1-128-N8-K8-NT-auto]", ["memcheck", "initcheck"]),
+        ("grouped_gemm_equals_oracle[E1-128-N8-K8-NT-sm80]", ["memcheck", "initcheck"]),
+        ("grouped_gemm_equals_oracle[E1-128-N8-K8-NT-torch]", []),
+        ("expert_mlp_equals_oracle[auto-T64-E1-K1-H64-one-bfloat16-I128]", ["memcheck"]),
+        (
+            "expert_mlp_equals_oracle[auto-T64-E1-K1-H64-one-float32-I128]",
+            ["memcheck", "initcheck"],
+        ),
+        (
+            "expert_mlp_equals_oracle[sm80-T64-E1-K1-H64-one-bfloat16-I128]",
+            ["memcheck", "initcheck"],
+        ),
+    ],
+)
+def test_which_tool_gets_a_test(test: str, tools: list[str]) -> None:
+    """initcheck takes what an sm_90a GEMM stored for unwritten."""
+    node = f"tests/gpu/test_of.py::test_{test}"
+    kept = [t for t in ("memcheck", "initcheck") if sanitize.SmallCases(t).is_kept(node)]
+    assert kept == tools
 
 
 @pytest.mark.parametrize(
@@ -130,47 +137,40 @@ def test_logs_go_to_a_folder_that_did_not_exist(
     assert [row["is_clean"] for row in json.loads(output.read_text())["rows"][::4]] == [True] * 2
 
 
-def test_initcheck_leaves_fresh_memory_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the tests that its child runs: NaN written there would hide who reads it unwritten."""
-    started: dict[str, object] = {}
+MARKS = ("TESTS_UNDER_INITCHECK", "TESTS_ORACLE_DEVICE")
 
-    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+
+@pytest.mark.parametrize(
+    ("tool", "oracle_device", "fills"),
+    [("memcheck", "cuda", "True"), ("racecheck", "cpu", "True"), ("initcheck", "cpu", "False")],
+)
+def test_what_a_tool_changes_in_the_tests_of_its_child(
+    tool: str, oracle_device: str, fills: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under initcheck NaN written into fresh memory would hide who reads it unwritten."""
+    started: dict[str, dict[str, str]] = {}
+
+    def run(command: list[str], **options: dict[str, str]) -> subprocess.CompletedProcess[str]:
         started.update(options)
         return subprocess.CompletedProcess(command, 0, "")
 
     monkeypatch.setattr(sanitize, "compute_sanitizer", lambda: "compute-sanitizer")
     with monkeypatch.context() as patched:
         patched.setattr(subprocess, "run", run)
-        sanitize.run_under("initcheck", [], None, 1.0)
+        sanitize.run_under(tool, [], None, 1.0)
     program = (
         "import torch; from gpu.cases import ORACLE_DEVICE, poisoned_memory\n"
         "with poisoned_memory(): print(ORACLE_DEVICE, torch.are_deterministic_algorithms_enabled())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    shown = [
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env={**environment, **marks},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()
-        for marks in ({}, {"TESTS_UNDER_INITCHECK": started["env"]["TESTS_UNDER_INITCHECK"]})
-    ]
-    assert shown == [["cuda", "True"], ["cpu", "False"]]
-
-
-def test_racecheck_that_breaks_off_at_the_gemms_keeps_the_other_kernels_outcome(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def run_under(_tool: str, command: list[str], *_: object) -> sanitize.Report:
-        has_gemms = any("grouped_gemm" in word for word in command)
-        return sanitize.Report(BROKEN_OFF if has_gemms else CLEAN, 1.0)
-
-    monkeypatch.setattr(sanitize, "run_under", run_under)
-    rows = sanitize.check_cases("racecheck", 9.0, None)
-    outcomes = {row["case"]: row["is_clean"] for row in rows if "is_clean" in row}
-    assert outcomes == dict(zip(sanitize.APART, (True, False), strict=True))
+    marks = {name: value for name, value in started["env"].items() if name in MARKS}
+    shown = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **marks},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert shown == [oracle_device, fills]
 
 
 def test_run_that_is_cut_off_keeps_what_was_printed(

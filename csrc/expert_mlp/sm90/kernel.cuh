@@ -40,9 +40,8 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
   const int group = threadIdx.x / kGroupThreads - 1;
   const int thread = threadIdx.x % kGroupThreads;
   const int first_row = Config::kIsPingPong ? 0 : group * Config::kGroupRows;
-  const bool is_first_lane = thread % 32 == 0;
   const TurnOrder<Config> order{group};
-  TileReader<Config, Scheduler> tiles{shared, scheduler};
+  TileReader<Config, Scheduler, true> tiles{shared, scheduler};
   StoreBuffers<Config> buffers{shared, group, thread};
   [[maybe_unused]] ZChunks<Config> z{args, shared, group, thread};
   Ring<Config::kStages> ring;
@@ -50,9 +49,8 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
   order.start();
   for (int turn = 0; tiles.next(); turn ^= 1) {
     const int steps = num_k_steps<Config>(args, tiles.scheduler.num_rows());
-    __syncwarp();  // the last lane has read
     if (Config::kIsPingPong && turn != group) {
-      tiles.release(is_first_lane);
+      tiles.release();
       ring.skip(steps);
       continue;
     }
@@ -67,11 +65,11 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
     if (!is_stored) {
       discard_tile<Config>(shared, ring, steps, thread);
       order.pass_on();
-      tiles.release(is_first_lane);
+      tiles.release();
       continue;
     }
     multiply_tile<Config>(acc, shared, ring, steps, first_row, thread, [&] { order.pass_on(); });
-    tiles.release(is_first_lane);
+    tiles.release();
     if constexpr (Config::kReadsZ) {
       store_swiglu_backward_tile<Config>(acc, args, buffers, z, tile.row_begin + row, tile.n);
     } else if constexpr (Config::kEpilogue == GemmEpilogue::kSwiglu) {

@@ -162,12 +162,12 @@ __device__ __forceinline__ void produce(const KernelArguments& args,
                                         const SharedLayout<Config>& shared,
                                         const Scheduler& scheduler,
                                         int cta_rank) {
-  TileReader<Config, Scheduler> tiles{shared, scheduler};
+  TileReader<Config, Scheduler, false> tiles{shared, scheduler};
   Ring<Config::kStages> ring;
   [[maybe_unused]] KeptPanel<Config::kStages> panel;
   while (tiles.next()) {
     const Tile tile = tiles.scheduler.tile();
-    tiles.release(true);
+    tiles.release();
     const int steps = num_k_steps<Config>(args, tile.num_rows);
     if constexpr (Config::kKeepsB) panel.enter(tile);
     for (int step = 0; step < steps; ++step) {

@@ -46,8 +46,9 @@ __device__ __forceinline__ void hand_out_tiles(const KernelArguments& args,
   } while (number < num_tiles);
 }
 
-// The tiles of this cluster one after the other, as one role of a CTA sees them.
-template <class Config, class Scheduler>
+// The tiles of this cluster one after the other, as one role of a CTA sees them: a thread or, if
+// kIsWarp, a warp.
+template <class Config, class Scheduler, bool kIsWarp>
 struct TileReader {
   const SharedLayout<Config>& shared;
   Scheduler scheduler;
@@ -57,14 +58,24 @@ struct TileReader {
   __device__ __forceinline__ bool next() {
     if constexpr (!Config::kHasQueue) return scheduler.advance();
     barrier_wait(shared.tile_full(ring.stage), ring.phase);
-    return scheduler.go_to(load_shared(shared.tile_number(ring.stage)));
+    return scheduler.go_to(read_number());
   }
-  // Another tile may be handed out in its place once one thread of each reader has said so.
-  __device__ __forceinline__ void release(bool says_so) {
+  // Another tile may be handed out in its place.
+  __device__ __forceinline__ void release() {
     if constexpr (Config::kHasQueue) {
-      if (says_so) barrier_arrive_at<Config::kClusterSize>(shared.tile_empty(ring.stage), 0);
+      if (speaks()) barrier_arrive_at<Config::kClusterSize>(shared.tile_empty(ring.stage), 0);
       ring.next();
     }
+  }
+
+ private:
+  // Who of the reader reads the number and says that it is done.
+  __device__ __forceinline__ static bool speaks() { return !kIsWarp || threadIdx.x % 32 == 0; }
+
+  __device__ __forceinline__ int read_number() const {
+    int number = 0;
+    if (speaks()) number = load_shared(shared.tile_number(ring.stage));
+    return kIsWarp ? __shfl_sync(0xffffffffu, number, 0) : number;
   }
 };
 
