@@ -6,11 +6,12 @@
 Each tool must find a planted fault first (planted_faults.cu, compiled with nvcc); else its run
 would prove nothing. Then memcheck, racecheck and synccheck look at this package's kernels alone,
 initcheck at all kernels, as it must see who writes what, with PyTorch's caching allocator off.
-compute-sanitizer 2025.3 has two limits. racecheck breaks off at a library's GEMM, also where it
-looks at others alone, and initcheck takes minutes over one: their oracles go to the CPU. initcheck
-does not see what TMA stores: where a second kernel reads what an sm_90a GEMM stored, tests are left
-out of it. Findings in this package's kernels, or a tool that broke off, fail the run: exit status
-1. A tool's rows replace those of an earlier run from the same commit.
+compute-sanitizer 2025.3 has two limits. racecheck breaks off at a library's GEMM for Hopper, also
+where it looks at others alone, and initcheck takes minutes over one: their oracles go to the CPU,
+and fp16, for which the operators call such a GEMM, is left out. initcheck does not see what TMA
+stores: where a second kernel reads what an sm_90a GEMM stored, tests are left out of it. Findings
+in this package's kernels, or a tool that broke off, fail the run: exit status 1. A tool's rows
+replace those of an earlier run from the same commit.
 """
 
 from __future__ import annotations
@@ -50,16 +51,17 @@ KEPT = re.compile(
 LEFT_OUT = re.compile(
     r"\[torch-|-torch\]|N968-K4096|T1024-|T1000-E128|T513-|-False\]|\(16384|\(5000|-20\]|dtype2"
 )
+# Not at the start of a line alone: pytest's dots may stand before it.
 FINDING = re.compile(
-    r"^========= (Invalid|Misaligned|Out-of-range|Uninitialized|(Error|Warning): Race"
-    r"|(Potential )?(RAW|WAR|WAW) hazard|Race|Barrier error|Program hit|Kernel)",
-    re.MULTILINE,
+    r"========= (Invalid|Misaligned|Out-of-range|Uninitialized|(Error|Warning): Race"
+    r"|(Potential )?(RAW|WAR|WAW) hazard|Race|Barrier error|Program hit|Kernel)"
 )
 TOO_LONG = "========= Internal Sanitizer Error: ran past"
-BROKE_OFF = re.compile(r"^========= (Internal Sanitizer Error.*)$", re.MULTILINE)
+BROKE_OFF = re.compile(r"========= (Internal Sanitizer Error.*)")
 PASSED = re.compile(r"(\d+) passed")
 FAILED = re.compile(r"\d+ failed|\d+ errors? in ")
-ORACLES_ON_CPU = ("racecheck", "initcheck")
+WITHOUT_LIBRARY_GEMMS = ("racecheck", "initcheck")
+LIBRARY_GEMM = re.compile(r"test_expert_mlp_equals_oracle\[auto-.*-float16")
 # Kernels that read what an sm_90a GEMM stored.
 READS_TMA_STORES = re.compile(r"test_expert_mlp_equals_oracle\[(auto|fused)-.*bfloat16")
 
@@ -72,6 +74,8 @@ class SmallCases:
 
     def is_kept(self, test: str) -> bool:
         """Whether the tool gets this test, by its node id."""
+        if self.tool in WITHOUT_LIBRARY_GEMMS and LIBRARY_GEMM.search(test):
+            return False
         if self.tool == "initcheck" and READS_TMA_STORES.search(test):
             return False
         return KEPT.search(test) is not None and LEFT_OUT.search(test) is None
@@ -131,7 +135,7 @@ def run_under(tool: str, command: Sequence[str], kernel: str | None, timeout: fl
     if kernel is not None:
         options += ["--kernel-name", f"kernel_substring={kernel}"]
     environment = dict(os.environ)
-    if tool in ORACLES_ON_CPU:
+    if tool in WITHOUT_LIBRARY_GEMMS:
         environment["TESTS_ORACLE_DEVICE"] = "cpu"
     if tool == "initcheck":
         options += ["--check-api-memory-access", "no"]  # what the host copies, no kernel

@@ -51,6 +51,12 @@ def test_findings_are_counted_in_our_kernels_alone() -> None:
     assert row["message"] == "Invalid __global__ write of size 4 bytes"
 
 
+@pytest.mark.parametrize("text", [IN_OUR_KERNEL, BROKEN_OFF], ids=["finding", "broke off"])
+def test_what_a_tool_says_behind_the_dots_of_pytest_counts(text: str) -> None:
+    assert last_row(text) == last_row(text.replace("SANITIZER\n", "SANITIZER\n..", 1))
+    assert last_row(text)["is_clean"] is False
+
+
 def test_what_is_shown_of_a_run_that_is_not_clean() -> None:
     """The findings in our kernels, whole; without any, how the run ended."""
     found = sanitize.Report(IN_OUR_KERNEL, 1.0).excerpt(sanitize.OURS)
@@ -77,25 +83,22 @@ def test_run_that_proves_nothing_is_not_clean(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("test", "tools"),
     [
-        ("grouped_gemm_equals_oracle[E1-128-N8-K8-NT-auto]", ["memcheck", "initcheck"]),
-        ("grouped_gemm_equals_oracle[E1-128-N8-K8-NT-sm80]", ["memcheck", "initcheck"]),
-        ("grouped_gemm_equals_oracle[E1-128-N8-K8-NT-torch]", []),
-        ("expert_mlp_equals_oracle[auto-T64-E1-K1-H64-one-bfloat16-I128]", ["memcheck"]),
+        ("grouped_gemm_equals_oracle[E1-128-N8-K8-NT-auto]", sanitize.TOOLS),
+        ("grouped_gemm_equals_oracle[E1-128-N8-K8-NT-sm80]", sanitize.TOOLS),
+        ("grouped_gemm_equals_oracle[E1-128-N8-K8-NT-torch]", ()),
+        ("expert_mlp_equals_oracle[auto-T64-E1-one-float32-I128]", sanitize.TOOLS),
+        ("expert_mlp_equals_oracle[sm80-T64-E1-one-bfloat16-I128]", sanitize.TOOLS),
         (
-            "expert_mlp_equals_oracle[auto-T64-E1-K1-H64-one-float32-I128]",
-            ["memcheck", "initcheck"],
+            "expert_mlp_equals_oracle[auto-T64-E1-one-bfloat16-I128]",
+            ("memcheck", "racecheck", "synccheck"),
         ),
-        (
-            "expert_mlp_equals_oracle[sm80-T64-E1-K1-H64-one-bfloat16-I128]",
-            ["memcheck", "initcheck"],
-        ),
+        ("expert_mlp_equals_oracle[auto-T64-E1-one-float16-I128]", ("memcheck", "synccheck")),
     ],
 )
-def test_which_tool_gets_a_test(test: str, tools: list[str]) -> None:
-    """initcheck takes what an sm_90a GEMM stored for unwritten."""
+def test_which_tools_get_a_test(test: str, tools: tuple[str, ...]) -> None:
+    """initcheck takes what an sm_90a GEMM stored for unwritten; fp16 goes to a library's GEMM."""
     node = f"tests/gpu/test_of.py::test_{test}"
-    kept = [t for t in ("memcheck", "initcheck") if sanitize.SmallCases(t).is_kept(node)]
-    assert kept == tools
+    assert tuple(t for t in sanitize.TOOLS if sanitize.SmallCases(t).is_kept(node)) == tools
 
 
 @pytest.mark.parametrize(
