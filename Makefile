@@ -41,7 +41,7 @@ help:
 	@echo 'make clean          remove everything that was built and every environment'
 	@echo
 	@echo 'PYTHON=python3.12   the interpreter, 3.10 to 3.13'
-	@echo 'TORCH=2.15.0 TRANSFORMERS=5.23.0   other versions, in an environment of their own'
+	@echo 'TORCH=2.15.0 TRANSFORMERS=5.24.0   other versions, in an environment of their own'
 	@echo 'TORCH_MOE_EP_CUDA=auto|0|1  TORCH_CUDA_ARCH_LIST="8.0+PTX;9.0a"  MAX_JOBS=2   for the build'
 	@echo 'PYTEST_ARGS="-k route"  PRETRAIN_ARGS=--quick   handed on'
 
