@@ -304,6 +304,23 @@ print(json.dumps([torch_moe_ep.__file__, found.build.with_cuda]))
 
 @in_checkout
 @pytest.mark.full
+@in_checkout
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_what_make_installs_exists_for_every_python(python: str, tmp_path: Path) -> None:
+    """Asks the package index; a line may be for some versions of Python alone."""
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    versions = {"python_version": python, "python_full_version": f"{python}.0"}
+    pins = [f"{w.name}{w.specifier}" for w in wanted if not w.marker or w.marker.evaluate(versions)]
+    options = ["--quiet", "--dry-run", "--no-deps", "--ignore-installed", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(tmp_path)]
+    found = subprocess.run(
+        [*command, "--python-version", python, *pins], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("has_toolkit", [False, True], ids=["without_toolkit", "with_toolkit"])
 def test_pip_installs_the_sdist_in_an_empty_environment(tmp_path, has_toolkit):
     """With the toolkit from the sdist at once, without it by way of a wheel."""
