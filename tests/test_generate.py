@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_cases import Run, build
+from parallel_cases import Run, backward, build, reference_of
 
 from torch_moe_ep import apply_expert_parallel, init_device_mesh
-from torch_moe_ep.testing import batch_of, relative_error, tiny_mixtral
-from torch_moe_ep.testing.parallel import wrap
+from torch_moe_ep.testing import assert_close, batch_of, relative_error, tiny_mixtral
+from torch_moe_ep.testing.parallel import from_rank0, full_gradients, wrap
 
 PROMPTS = ([5, 17, 99, 3], [7, 7], [1, 2, 3, 4, 5, 6, 7], [60])
 MODEL = {"use_cache": True}
@@ -68,6 +68,22 @@ def evaluated_on_rank(run: Run) -> list[float]:
 def test_evaluation_with_uneven_batches_equals_one_process(ranks, kind):
     errors = ranks(2).run(evaluated_on_rank, Run(kind, 2, 2))
     assert max(max(own) for own in errors) <= 1e-5
+
+
+def gradients_after_evaluation(run: Run):
+    """Gradients of a run whose first forward is an evaluation in inference mode."""
+    model = build(run)
+    with torch.inference_mode():
+        model(**batch_of(dist.get_rank(), step=1))
+    backward(run, model)
+    return from_rank0(full_gradients(model))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "none"])
+def test_training_after_a_first_forward_in_inference_mode_equals_one_process(ranks, kind):
+    run = Run(kind, 2, 2)
+    actual = ranks(2).run(gradients_after_evaluation, run)[0]
+    assert_close(actual, reference_of(run)[1], 1e-5, f"gradients of {run}")
 
 
 def padded_generation(run: Run):

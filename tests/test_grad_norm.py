@@ -7,8 +7,9 @@ ranks skip the step).
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_cases import Run, backward, build
+from parallel_cases import Run, backward, build, reference_of
 from torch.nn.utils import clip_grad_norm_ as torch_clip
+from torch.nn.utils import clip_grad_value_ as torch_clip_value
 from torch.nn.utils import get_total_norm
 
 import torch_moe_ep
@@ -16,6 +17,7 @@ from torch_moe_ep.testing import assert_close
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients
 
 MAX_NORM = 0.05
+MAX_VALUE = 1e-3
 RUNS = [
     *[Run("fsdp2", world, ep) for world, ep in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))],
     Run("fsdp2", 4, 2, 1),
@@ -48,8 +50,6 @@ def clip_on_rank(run: Run, how: str, norm_type: float):
 
 
 def reference_clip(run: Run, norm_type: float):
-    from parallel_cases import reference_of
-
     grads = {name: grad.clone() for name, grad in reference_of(run)[1].items()}
     norm = get_total_norm(list(grads.values()), norm_type).item()
     assert norm > MAX_NORM, "clipping must be active"
@@ -102,6 +102,23 @@ def stock_on_flat_shards(run: Run):
 
 def test_trap_05_stock_clip_of_fsdp1_shards_is_refused(ranks):
     ranks(2).run(stock_on_flat_shards, Run("fsdp1", 2, 2))
+
+
+def gradients_clipped_by_value(run: Run):
+    model = build(run)
+    backward(run, model)
+    torch_clip_value(model.parameters(), MAX_VALUE)
+    return from_rank0(full_gradients(model))
+
+
+@pytest.mark.parametrize("wrap", ["fsdp2", "fsdp1", "ddp"])
+def test_stock_clip_by_value_takes_both_kinds_of_gradients(ranks, wrap):
+    run = Run(wrap, 2, 2)
+    clipped = ranks(2).run(gradients_clipped_by_value, run)[0]
+    whole = reference_of(run)[1]
+    assert any(grad.abs().max() > MAX_VALUE for name, grad in whole.items() if ".experts." in name)
+    expected = {name: grad.clamp(-MAX_VALUE, MAX_VALUE) for name, grad in whole.items()}
+    assert_close(clipped, expected, 2e-5, f"gradients of {run} clipped by value")
 
 
 def norm_with_bad_rank(run: Run, bad: float, is_expert: bool):

@@ -44,7 +44,9 @@ def parameters_after_steps(run: Run, kind: str, options: dict[str, Any], decay: 
     return from_rank0(full_parameters(model))
 
 
-def reference_parameters(run: Run, kind: str, options: dict[str, Any], decay: float | None):
+def reference_parameters(
+    run: Run, kind: str, options: dict[str, Any], decay: float | None, num_steps: int = STEPS
+):
     model = tiny_mixtral(**run.model)
     groups = (
         model.parameters()
@@ -52,7 +54,7 @@ def reference_parameters(run: Run, kind: str, options: dict[str, Any], decay: fl
         else torch_moe_ep.param_groups(model, weight_decay=decay)
     )
     optimizer = make_optimizer(groups, kind, options)
-    steps = [[batch_of(rank, step=s) for rank in range(run.world)] for s in range(STEPS)]
+    steps = [[batch_of(rank, step=s) for rank in range(run.world)] for s in range(num_steps)]
     reference_steps(model, optimizer, steps)
     return {name: param.detach() for name, param in model.named_parameters()}
 
@@ -158,6 +160,36 @@ def test_optimizer_built_before_the_patch_is_refused_at_its_step(ranks, kind):
     for said in ranks(2).run(optimizer_of_the_model_before_the_patch, kind):
         assert "AdamW holds expert weights of the model before apply_expert_parallel" in said
         assert "build the optimizer after" in said
+
+
+def optimizer_between_patch_and_wrap(kind: str, options: dict[str, Any]) -> str:
+    """What the step of an optimizer says that was built after the patch and before FSDP."""
+    model, mesh = tiny_mixtral(), torch_moe_ep.init_device_mesh("cpu", 2)
+    torch_moe_ep.apply_expert_parallel(model, mesh)
+    early = torch.optim.SGD(model.parameters(), lr=0.5)
+    model = wrap(model, kind, mesh, **options)
+    model(**batch_of(dist.get_rank())).loss.backward()
+    before = full_parameters(model)
+    try:
+        early.step()
+    except ValueError as error:
+        after = full_parameters(model)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        return str(error)
+    expected = reference_parameters(Run(kind, 2, 2), "sgd", {"lr": 0.5}, None, num_steps=1)
+    assert_close(full_parameters(model), expected, 2e-5, f"parameters of {kind}")
+    return "trains all"
+
+
+def test_optimizer_built_before_fsdp_is_refused_where_it_would_train_the_experts_alone(ranks):
+    flat = {"use_orig_params": False}
+    for kind, options in (("fsdp2", {}), ("fsdp1", flat)):
+        for said in ranks(2).run(optimizer_between_patch_and_wrap, kind, options):
+            assert "dense parameters that the model has no longer" in said
+            assert "build the optimizer after FSDP" in said
+    for kind in ("fsdp1", "ddp"):
+        said = ranks(2).run(optimizer_between_patch_and_wrap, kind, {})
+        assert said == ["trains all"] * 2
 
 
 def warnings_of_steps(run: Run, calls_average: bool) -> list[str]:

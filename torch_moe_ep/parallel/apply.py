@@ -18,7 +18,7 @@ from torch_moe_ep.parallel.forward import wrap_forward
 from torch_moe_ep.parallel.fsdp1 import ignore_in_ddp, mark_experts
 from torch_moe_ep.parallel.fsdp2 import shard_experts
 from torch_moe_ep.parallel.nodes import ranks_per_node
-from torch_moe_ep.parallel.optimizer import register_step_hooks
+from torch_moe_ep.parallel.optimizer import register_step_hooks, remember_dense
 from torch_moe_ep.parallel.peers import uses_peers
 from torch_moe_ep.parallel.save_pretrained import gather_adapters_on_save, gather_on_save
 from torch_moe_ep.parallel.state import ExpertParallelState, track
@@ -107,6 +107,7 @@ def _patch(request: Request, found: dict[str, nn.Module]) -> None:
     if request.config.global_token_shuffle:
         _shuffle_blocks(state, request.config.seed)
     _hook_into_model(state, request.model)
+    remember_dense(state)
     register_step_hooks()
     register_stock_clip_handlers()
 

@@ -96,7 +96,10 @@ def _synced_generate(generate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _start(state: ExpertParallelState) -> None:
-    """Guard, hidden root and prefetch lists, at the first forward. Local, no traffic."""
+    """Guard, hidden root and prefetch lists, at the first forward.
+
+    Local, but for a first forward in inference mode (see `_gather_for_training`).
+    """
     _check_dense_world(state)
     settle_masters(state)
     _check_experts(state)
@@ -106,6 +109,8 @@ def _start(state: ExpertParallelState) -> None:
     if all(is_root is None for is_root in roots) and not state.fsdp2_modules():
         state.root = _make_root(state)
         _prefetch_forward(experts, [])
+        if torch.is_inference_mode_enabled():
+            _gather_for_training(state.root, experts)
     elif all(is_root is False for is_root in roots):
         contexts = {id(fsdp_state(module)._state_ctx) for module in experts}
         if len(contexts) == 1:
@@ -126,6 +131,20 @@ def _make_root(state: ExpertParallelState) -> nn.Module:
         mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
     )
     return root
+
+
+def _gather_for_training(root: nn.Module, experts: list[ExpertParallelExperts]) -> None:
+    """Gather each layer's experts once outside of inference mode, and free them again.
+
+    FSDP2 keeps the tensors of its first gather for all later ones. Made in inference mode (a
+    script that evaluates before it trains) they could not be saved for backward. Collective.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        fsdp_state(root)._lazy_init()
+        for module in experts:
+            assert isinstance(module, FSDPModule)
+            module.unshard()
+            module.reshard()
 
 
 def _prefetch_forward(experts: list[ExpertParallelExperts], others: list[nn.Module]) -> None:

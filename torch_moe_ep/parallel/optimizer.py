@@ -28,6 +28,7 @@ Group = dict[str, Any]
 
 _joined_groups: "weakref.WeakKeyDictionary[Optimizer, list[Group]]" = weakref.WeakKeyDictionary()
 _replaced: "weakref.WeakValueDictionary[int, nn.Parameter]" = weakref.WeakValueDictionary()
+_checked_for_stale: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 _are_hooks_registered = False
 
 
@@ -79,6 +80,13 @@ def remember_replaced(param: nn.Parameter) -> None:
     _replaced[id(param)] = param
 
 
+def remember_dense(state: ExpertParallelState) -> None:
+    """Note a patched model's dense parameters, which `fully_shard` replaces by others."""
+    for param in state.model.parameters():
+        if not isinstance(param, DTensor):
+            state.dense_at_patch[id(param)] = param
+
+
 def register_step_hooks() -> None:
     """Register the two step hooks, once per process."""
     global _are_hooks_registered
@@ -91,6 +99,7 @@ def register_step_hooks() -> None:
 def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     _join_groups(optimizer)
     _check_not_replaced(optimizer)
+    _check_not_stale(optimizer)
     states = _stepped_states(optimizer)
     if not states:
         return
@@ -118,6 +127,24 @@ def _check_not_replaced(optimizer: Optimizer) -> None:
                 f"apply_expert_parallel, and would train nothing; build the optimizer after "
                 f"apply_expert_parallel and FSDP."
             )
+
+
+def _check_not_stale(optimizer: Optimizer) -> None:
+    """Raise where dense parameters were replaced since: the experts, never replaced, hide it."""
+    if optimizer in _checked_for_stale:
+        return
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for state in live_states():
+        held = [param for param in params if state.dense_at_patch.get(id(param)) is param]
+        present = {id(param) for param in state.model.parameters()} if held else set()
+        num_stale = sum(id(param) not in present for param in held)
+        if num_stale:
+            raise ValueError(
+                f"the {type(optimizer).__name__} holds {num_stale} dense parameters that the "
+                f"model has no longer (fully_shard and FSDP1's flat parameters replace them), and "
+                f"would train the experts alone; build the optimizer after FSDP."
+            )
+    _checked_for_stale.add(optimizer)
 
 
 def _stepped_states(optimizer: Optimizer) -> list[ExpertParallelState]:

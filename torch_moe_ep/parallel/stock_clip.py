@@ -1,11 +1,11 @@
 """Handlers that make torch's own clipping and gradient scaler take two kinds of gradients.
 
-`torch.nn.utils.clip_grad_norm_`, `FSDP.clip_grad_norm_` and GradScaler put all gradients of a
-model in one list. Experts live on another mesh than the dense parameters (or the dense ones are
-plain tensors), which DTensor refuses, always with an error. Handlers in DTensor's dispatcher
-answer exactly those mixed calls; calls on one mesh go on to torch's own code. The handler table
-is private to torch: where it is missing nothing is registered, stock clipping fails as loudly as
-without this file, and `torch_moe_ep.clip_grad_norm_` works all the same.
+`torch.nn.utils.clip_grad_norm_` and `clip_grad_value_`, `FSDP.clip_grad_norm_` and GradScaler put
+all gradients of a model in one list. Experts live on another mesh than the dense parameters (or
+the dense ones are plain tensors), which DTensor refuses, always with an error. Handlers in
+DTensor's dispatcher answer exactly those mixed calls; calls on one mesh go on to torch's own code.
+The handler table is private to torch: where it is missing nothing is registered, stock clipping
+fails as loudly as without this file, and `torch_moe_ep.clip_grad_norm_` works all the same.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,8 @@ def register_stock_clip_handlers() -> bool:
         aten.stack.default: _stack_norms,
         aten._foreach_norm.Scalar: _foreach_norm,
         aten._foreach_mul_.Tensor: _foreach_mul_,
+        aten._foreach_clamp_min_.Scalar: _foreach_clamp_,
+        aten._foreach_clamp_max_.Scalar: _foreach_clamp_,
         aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale_,
     }
     for operator, handler in handlers.items():
@@ -148,6 +150,15 @@ def _foreach_mul_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if isinstance(factor, DTensor) or factor.dim() != 0 or not _is_mixed(list(tensors)):
         return NotImplemented
     operator([_local(tensor) for tensor in tensors], factor, **kwargs)
+    return None
+
+
+def _foreach_clamp_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Bound every element of gradients of any kinds, in place, on their local elements."""
+    tensors, bound = args
+    if not _is_mixed(list(tensors)):
+        return NotImplemented
+    operator([_local(tensor) for tensor in tensors], bound, **kwargs)
     return None
 
 
