@@ -192,6 +192,22 @@ def test_optimizer_built_before_fsdp_is_refused_where_it_would_train_the_experts
         assert said == ["trains all"] * 2
 
 
+def step_without_the_last_layer() -> bool:
+    """A layer cut out of the patched model after the optimizer was built; its step goes on."""
+    model, mesh = tiny_mixtral(), torch_moe_ep.init_device_mesh("cpu", 2)
+    torch_moe_ep.apply_expert_parallel(model, mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model.model.layers = model.model.layers[:-1]
+    model(**batch_of(dist.get_rank())).loss.backward()
+    before = model.lm_head.weight.detach().clone()
+    optimizer.step()
+    return not torch.equal(before, model.lm_head.weight)
+
+
+def test_optimizer_may_hold_parameters_that_were_cut_out_of_the_model(ranks):
+    assert ranks(2).run(step_without_the_last_layer) == [True, True]
+
+
 def warnings_of_steps(run: Run, calls_average: bool) -> list[str]:
     """Messages of two steps of a script that clips and steps, and may forget to average."""
     model = build(run)

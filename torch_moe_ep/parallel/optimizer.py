@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import (
     Optimizer,
@@ -82,9 +83,9 @@ def remember_replaced(param: nn.Parameter) -> None:
 
 def remember_dense(state: ExpertParallelState) -> None:
     """Note a patched model's dense parameters, which `fully_shard` replaces by others."""
-    for param in state.model.parameters():
+    for name, param in state.model.named_parameters():
         if not isinstance(param, DTensor):
-            state.dense_at_patch[id(param)] = param
+            state.dense_at_patch[name] = param
 
 
 def register_step_hooks() -> None:
@@ -133,18 +134,27 @@ def _check_not_stale(optimizer: Optimizer) -> None:
     """Raise where dense parameters were replaced since: the experts, never replaced, hide it."""
     if optimizer in _checked_for_stale:
         return
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for state in live_states():
-        held = [param for param in params if state.dense_at_patch.get(id(param)) is param]
-        present = {id(param) for param in state.model.parameters()} if held else set()
-        num_stale = sum(id(param) not in present for param in held)
-        if num_stale:
+        num_replaced = sum(id(param) in held for param in _replaced_dense(state))
+        if num_replaced:
             raise ValueError(
-                f"the {type(optimizer).__name__} holds {num_stale} dense parameters that the "
+                f"the {type(optimizer).__name__} holds {num_replaced} dense parameters that the "
                 f"model has no longer (fully_shard and FSDP1's flat parameters replace them), and "
-                f"would train the experts alone; build the optimizer after FSDP."
+                f"would not train what is in their place; build the optimizer after FSDP."
             )
     _checked_for_stale.add(optimizer)
+
+
+def _replaced_dense(state: ExpertParallelState) -> list[nn.Parameter]:
+    """Dense parameters of the patch in whose place the model has others; not what was cut out."""
+    present = dict(state.model.named_parameters())
+    is_flat = any(isinstance(param, FlatParameter) for param in present.values())
+    return [
+        param
+        for name, param in state.dense_at_patch.items()
+        if (is_flat if (now := present.get(name)) is None else now is not param)
+    ]
 
 
 def _stepped_states(optimizer: Optimizer) -> list[ExpertParallelState]:

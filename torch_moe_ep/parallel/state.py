@@ -37,7 +37,7 @@ class ExpertParallelState:
         routers: the same of routers that were swapped; empty where the model's own are left.
         linear_routers: names of experts to the router beside them, where it is a linear one.
         num_resets: how often the counters of experts, and those of routers, were set to zero.
-        dense_at_patch: dense parameters as the patch found them, by id; holds no reference to them.
+        dense_at_patch: dense parameters as the patch found them, by name; keeps none of them alive.
         wrapper_refs: FSDP1 and DDP modules that took in experts of the model (see `wrappers`).
         root: the hidden FSDP2 root over the experts, where nothing else is one.
         ranks_per_node: 0 unless tokens cross between nodes once.
@@ -54,7 +54,7 @@ class ExpertParallelState:
     routers: dict[str, RoutedRouter] = field(default_factory=dict)
     linear_routers: dict[str, nn.Module] = field(default_factory=dict)
     num_resets: dict[str, int] = field(default_factory=lambda: {"experts": 0, "routers": 0})
-    dense_at_patch: "weakref.WeakValueDictionary[int, nn.Parameter]" = field(
+    dense_at_patch: "weakref.WeakValueDictionary[str, nn.Parameter]" = field(
         default_factory=weakref.WeakValueDictionary
     )
     wrapper_refs: list["weakref.ref[nn.Module]"] = field(default_factory=list)
