@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu.cases import poisoned_memory
 from operator_cases import CASES, DTYPES, Case, strided
 
 from torch_moe_ep import ops, reference
@@ -99,3 +100,50 @@ def test_combine_opcheck(case):
 def test_combine_wrong_rows_are_refused_by_name(rows):
     with pytest.raises((RuntimeError, ValueError), match="rows"):
         ops.combine(rows, CASES[0].plan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_combine_backward_under_autocast_casts_nothing(dtype):
+    case = CASES[0]
+    rows = rows_of(case).requires_grad_()
+    upstream = torch.randn(case.tokens, case.hidden)
+    (expected,) = torch.autograd.grad(ops.combine(rows, case.plan()), rows, upstream)
+    x = ops.combine(rows, case.plan())
+    with torch.autocast("cpu", dtype=dtype):
+        (grad,) = torch.autograd.grad(x, rows, upstream)
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("counter", "message"),
+    [
+        (torch.zeros(4), r"tokens_per_expert must be int64, got Float \(call .long\(\)\)"),
+        (torch.zeros(5, dtype=torch.int64), r"must be \[4\].*, got shape \[5\]"),
+        (torch.zeros(3, 4, dtype=torch.int64), r"must be \[4\].*, got shape \[3, 4\]"),
+        (torch.zeros(4, dtype=torch.int64, device="meta"), "is on meta, but the plan is on cpu"),
+    ],
+    ids=["dtype", "length", "dimensions", "device"],
+)
+def test_combine_counter_that_does_not_fit_is_refused_in_forward(counter, message):
+    with pytest.raises(ValueError, match=message):
+        ops.combine(rows_of(CASES[0]), CASES[0].plan(), tokens_per_expert=counter)
+
+
+def test_combine_row_and_plan_on_other_devices_are_refused():
+    with pytest.raises(ValueError, match="slot_of_copy is on cpu, but rows is on meta"):
+        ops.combine(rows_of(CASES[0]).to("meta"), CASES[0].plan())
+
+
+def test_gradients_of_rows_of_nobody_are_no_anomaly():
+    """Rows behind the last segment hold anything, a NaN too."""
+    case = Case("padded", tokens=9, row_alignment=8)
+    leaves = [case.tokens_of(), case.weights(), *case.expert_weights(torch.float32)]
+    x, weights, gate_up, down = (leaf.requires_grad_() for leaf in leaves)
+    plan = case.plan()
+    rows, row_weights = ops.dispatch(x, weights, plan)
+    assert rows.shape[0] > plan.expert_offsets[-1]
+    with torch.autograd.set_detect_anomaly(True):
+        y = ops.combine(ops.expert_mlp(rows, row_weights, plan, gate_up, down), plan)
+        with poisoned_memory():
+            y.sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in (x, weights, gate_up, down))

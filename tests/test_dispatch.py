@@ -172,3 +172,10 @@ def test_dispatch_wrong_input_is_refused_by_name(change, message):
     given = {"x": case.tokens_of(), "weights": case.weights(), **change}
     with pytest.raises((RuntimeError, ValueError), match=message):
         ops.dispatch(given["x"], given["weights"], case.plan())
+
+
+def test_meta_weights_beside_real_tokens_are_refused():
+    """torch takes the fake kernel then, whose rows nobody writes."""
+    case = CASES[0]
+    with pytest.raises(ValueError, match="weights is on meta, but x is on cpu"):
+        ops.dispatch(case.tokens_of(), case.weights().to("meta"), case.plan())

@@ -150,3 +150,20 @@ def test_dispatcher_and_shuffle_refuse_by_name():
         torch_moe_ep.MoEConfig(dispatcher="p2p")
     with pytest.raises(ValueError, match="global_token_shuffle must be True or False"):
         torch_moe_ep.MoEConfig(global_token_shuffle="yes")
+
+
+def said_of_too_many_rows() -> str:
+    """Rank 1 has no token: the rows are of the rank that has most."""
+    config = torch_moe_ep.MoEConfig(dispatcher="all_gather", max_received_rows=71)
+    mesh = torch_moe_ep.init_device_mesh("cpu", 2)
+    model = torch_moe_ep.apply_expert_parallel(LoneExperts(), mesh, config)
+    tokens = 18 * (1 - dist.get_rank())
+    ids, weights = random_routing(tokens, 2, 8, seed=0)
+    with pytest.raises(ValueError) as caught:
+        model(torch.zeros(tokens, 16), ids, weights)
+    return str(caught.value)
+
+
+def test_all_gather_beyond_max_received_rows_raises_on_every_rank(ranks):
+    for said in ranks(2).run(said_of_too_many_rows):
+        assert "a rank needs 72 rows, but max_rows (MoEConfig.max_received_rows) is 71" in said

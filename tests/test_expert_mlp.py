@@ -222,3 +222,13 @@ def test_expert_mlp_main_grads_of_frozen_weights_are_refused():
     main_grads = tuple(torch.zeros_like(w).detach() for w in inputs[2:])
     with pytest.raises(ValueError, match="down has a main_grad but requires no gradient"):
         run(ops.expert_mlp, case, inputs, main_grads=main_grads)
+
+
+@pytest.mark.parametrize("place", range(4), ids=["rows", "row_weights", "gate_up", "down"])
+def test_expert_mlp_meta_tensor_among_real_ones_is_refused(place):
+    """torch takes the fake kernel then, whose output nobody writes."""
+    inputs = inputs_of(CASES[0], torch.float32)
+    inputs[place] = inputs[place].to("meta")
+    rows, row_weights, gate_up, down = inputs
+    with pytest.raises(ValueError, match=r"is on (meta|cpu), but rows is on (cpu|meta)"):
+        ops.expert_mlp(rows, row_weights, CASES[0].plan(), gate_up, down)

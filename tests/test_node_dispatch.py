@@ -227,3 +227,26 @@ def autocast_bytes() -> tuple[torch.dtype, bool]:
 
 def test_autocast_rows_travel_in_its_dtype(ranks):
     assert ranks(4).run(autocast_bytes) == [(torch.bfloat16, True)] * 4
+
+
+def backward_under_autocast() -> tuple[bool, str]:
+    """Whether combine's gradient stays fp32 where backward alone runs under autocast; and what is
+    said of a counter that does not fit."""
+    x, ids, weights = tokens_of_rank(2, torch.float32)
+    name = dist.group.WORLD.group_name
+    plan = ops.node_plan(ids, NUM_EXPERTS, group_name=name, ranks_per_node=2)
+    rows = ops.node_dispatch(x, weights, plan)[0].clone().requires_grad_()
+    upstream = torch.randn(x.shape)
+    (expected,) = torch.autograd.grad(ops.node_combine(rows, plan), rows, upstream)
+    output = ops.node_combine(rows, plan)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (grad,) = torch.autograd.grad(output, rows, upstream)
+    with pytest.raises(ValueError) as caught:
+        ops.node_combine(rows, plan, tokens_per_expert=torch.zeros(NUM_EXPERTS))
+    return torch.equal(grad, expected), str(caught.value)
+
+
+def test_combine_backward_under_autocast_casts_nothing_and_counters_are_checked(ranks):
+    for is_equal, said in ranks(4).run(backward_under_autocast):
+        assert is_equal
+        assert said.startswith("tokens_per_expert must be int64, got Float")

@@ -85,6 +85,7 @@ def gather_tokens(
     weights: torch.Tensor,
     num_experts: int,
     group: dist.ProcessGroup,
+    max_rows: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gather the tokens of a group, each rank's padded to the largest number of tokens.
 
@@ -94,13 +95,15 @@ def gather_tokens(
         weights: fp32 ``[T, K]``.
         num_experts: E.
         group: the EP group.
+        max_rows: copies of all ranks, P T' K, that a rank may hold; 0 for no bound.
 
     Returns:
         ``[P T', H]``, int64 ``[P T', K]`` with -1 in padding and fp32 ``[P T', K]``; T' is the
         largest T. Differentiable in x and weights.
 
     Raises:
-        ValueError: on every rank of the group, when any has an id outside of [0, E).
+        ValueError: on every rank of the group, when any has an id outside of [0, E), or for more
+            copies than `max_rows`.
 
     Collective over the group (four all-gathers); syncs the host once, for T' and the ids' check.
     """
@@ -116,6 +119,12 @@ def gather_tokens(
                 f"the expert-parallel group (check the router)"
             )
     num_padded = max(sizes)
+    num_rows = group.size() * num_padded * expert_ids.shape[1]
+    if 0 < max_rows < num_rows:
+        raise ValueError(
+            f"a rank needs {num_rows} rows, but max_rows (MoEConfig.max_received_rows) is "
+            f"{max_rows}; raise it, or take fewer tokens a batch"
+        )
     padding = (0, 0, 0, num_padded - x.shape[0])
     gather: Any = _GatherTokens.apply
     ids = functional.pad(expert_ids, padding, value=-1)

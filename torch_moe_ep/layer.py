@@ -177,7 +177,12 @@ class ExpertParallelExperts(nn.Module):
         group = _resolve_process_group(self.ep_group_name)  # type: ignore[arg-type]
         x = self.tokens_of(hidden_states)
         tokens, ids, weights = gather_tokens(
-            x, top_k_index, top_k_weights.float(), self.num_global_experts, group
+            x,
+            top_k_index,
+            top_k_weights.float(),
+            self.num_global_experts,
+            group,
+            max_rows=self.moe_config.max_received_rows,
         )
         num_local = self.num_global_experts // group.size()
         whole, own = plan_own_experts(ids, group.rank() * num_local, num_local)

@@ -12,6 +12,7 @@
 #include "comm/collective.h"
 #include "comm/label.h"
 #include "common/call_operator.h"
+#include "common/checks.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -161,6 +162,7 @@ at::Tensor chunked_experts_autograd(const at::Tensor& x,
                                     const MaybeTensor& tokens_per_expert,
                                     const MaybeTensor& send_rows,
                                     const MaybeTensor& send_weights) {
+  check_counter(tokens_per_expert, counts);
   const bool is_kept =
       at::GradMode::is_enabled() && (x.requires_grad() || weights.requires_grad() ||
                                      gate_up.requires_grad() || down.requires_grad());

@@ -1,3 +1,4 @@
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -6,6 +7,7 @@
 
 #include "comm/collective.h"
 #include "comm/label.h"
+#include "common/checks.h"
 #include "common/node_movement.h"
 
 namespace torch_moe_ep {
@@ -39,6 +41,8 @@ class NodeCombine : public torch::autograd::Function<NodeCombine> {
     const NodePlan plan = saved_node_plan(ctx);
     const auto layer = static_cast<int32_t>(ctx->saved_data["layer"].toInt());
     const comm::ScopedLabel label({layer, "combine backward"});
+    // backward() inside an autocast region must not cast what forward did not.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     auto [grad_rows, grad_row_weights] =
         call_node_dispatch(grads[0],
                            has_weights ? std::optional<at::Tensor>(grads[1]) : std::nullopt,
@@ -81,6 +85,7 @@ NodeMoved node_combine_autograd(const at::Tensor& rows,
                          row_alignment,
                          ranks_per_node,
                          group_name};
+  check_counter(tokens_per_expert, counts);
   auto outputs = NodeCombine::apply(rows, row_weights, plan, tokens_per_expert, bytes_sent);
   return {outputs[0], outputs[1]};
 }

@@ -1,3 +1,4 @@
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -6,7 +7,9 @@
 
 #include "comm/collective.h"
 #include "comm/label.h"
+#include "common/checks.h"
 #include "common/peer_movement.h"
+#include "common/unowned_rows.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -37,6 +40,8 @@ class PeerCombine : public torch::autograd::Function<PeerCombine> {
     const PeerPlan plan = saved_peer_plan(ctx);
     const auto layer = static_cast<int32_t>(ctx->saved_data["layer"].toInt());
     const comm::ScopedLabel label({layer, "combine backward"});
+    // backward() inside an autocast region must not cast what forward did not.
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     auto [grad_rows, grad_row_weights] =
         call_peer_dispatch(grads[0],
                            has_weights ? std::optional<at::Tensor>(grads[1]) : std::nullopt,
@@ -47,7 +52,10 @@ class PeerCombine : public torch::autograd::Function<PeerCombine> {
     if (counter.has_value()) {
       counter->add_(plan.counts.select(0, comm::group_rank(plan.group_name)));
     }
-    return {grad_rows, has_weights ? grad_row_weights : at::Tensor(), at::Tensor(), at::Tensor()};
+    return {without_unowned(grad_rows, plan.expert_offsets),
+            has_weights ? without_unowned(grad_row_weights, plan.expert_offsets) : at::Tensor(),
+            at::Tensor(),
+            at::Tensor()};
   }
 };
 
@@ -72,6 +80,7 @@ PeerMoved peer_combine_autograd(const at::Tensor& rows,
                          capacity,
                          num_sms,
                          group_name};
+  check_counter(tokens_per_expert, counts);
   auto outputs = PeerCombine::apply(rows, row_weights, plan, tokens_per_expert);
   return {outputs[0], outputs[1]};
 }

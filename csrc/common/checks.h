@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 
 // Checks of arguments that more than one stage has. Every message says the argument, the rule, what
 // came and the way out.
@@ -52,6 +53,20 @@ inline void check_same_device(const at::Tensor& tensor,
                     " is on ",
                     other.device(),
                     " (move one of them)");
+}
+
+// A counter of copies per expert, which backward adds to. counts: of a plan, its last dimension E.
+inline void check_counter(const std::optional<at::Tensor>& tokens_per_expert,
+                          const at::Tensor& counts) {
+  if (!tokens_per_expert.has_value()) return;
+  check_int64(*tokens_per_expert, "tokens_per_expert");
+  check_same_device(*tokens_per_expert, "tokens_per_expert", counts, "the plan");
+  TORCH_CHECK_VALUE(
+      tokens_per_expert->dim() == 1 && tokens_per_expert->sym_size(0) == counts.sym_size(-1),
+      "tokens_per_expert must be [",
+      counts.sym_size(-1),
+      "], a number for each expert of the plan, got shape ",
+      tokens_per_expert->sym_sizes());
 }
 
 }  // namespace torch_moe_ep

@@ -9,6 +9,7 @@
 
 #include "common/call_operator.h"
 #include "common/movement.h"
+#include "common/unowned_rows.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -148,8 +149,8 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
           call.operator()<"expert_mlp_backward", Four>();
     }
     const at::Tensor none;
-    return {grad_rows,
-            grad_row_weights,
+    return {without_unowned(grad_rows, saved[3]),
+            without_unowned(grad_row_weights, saved[3]),
             none,  // expert_offsets
             none,  // host_offsets
             grad_gate_up,

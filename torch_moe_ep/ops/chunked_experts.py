@@ -2,6 +2,7 @@
 
 import torch
 
+from torch_moe_ep.ops.one_device import check_one_device
 from torch_moe_ep.ops.plan import SendBuffer
 from torch_moe_ep.ops.plan_chunks import ChunkPlan
 
@@ -89,6 +90,7 @@ def _chunked_experts_forward_fake(
     keep_rows: bool,
     keep_gate_up: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_one_device(x=x, weights=weights, slot_of_copy=slot_of_copy, gate_up=gate_up, down=down)
     num_kept = (capacity or torch.library.get_ctx().new_dynamic_size()) if keep_rows else 0
     num_z = num_kept if keep_gate_up and slots_per_pass <= 0 else 0
     return (

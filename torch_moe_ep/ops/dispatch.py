@@ -2,6 +2,7 @@
 
 import torch
 
+from torch_moe_ep.ops.one_device import check_one_device
 from torch_moe_ep.ops.plan import DispatchPlan, SendBuffer, num_slots_fake
 
 
@@ -54,6 +55,7 @@ def _dispatch_fake(
     send_rows: torch.Tensor | None = None,
     send_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_one_device(x=x, weights=weights, slot_of_copy=slot_of_copy)
     num_slots = num_slots_fake(counts, slot_of_copy.numel(), row_alignment, group_name)
     num_weights = 0 if weights is None else num_slots
     return x.new_empty((num_slots, x.size(1))), x.new_empty(num_weights, dtype=torch.float32)

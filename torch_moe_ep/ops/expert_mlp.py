@@ -4,6 +4,7 @@ import torch
 
 from torch_moe_ep.ops.main_grad import check_main_grad
 from torch_moe_ep.ops.node_dispatch import NodePlan
+from torch_moe_ep.ops.one_device import check_one_device
 from torch_moe_ep.ops.peer_dispatch import PeerPlan
 from torch_moe_ep.ops.plan import DispatchPlan
 
@@ -99,6 +100,13 @@ def _expert_mlp_forward_fake(
     down: torch.Tensor,
     slots_per_pass: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_one_device(
+        rows=rows,
+        row_weights=row_weights,
+        expert_offsets=expert_offsets,
+        gate_up=gate_up,
+        down=down,
+    )
     is_one_pass = slots_per_pass <= 0 or slots_per_pass >= rows.size(0)
     num_z = rows.size(0) if is_one_pass else 0
     return rows.new_empty(rows.shape), rows.new_empty((num_z, gate_up.size(1)))

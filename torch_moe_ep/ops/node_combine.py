@@ -3,6 +3,7 @@
 import torch
 
 from torch_moe_ep.ops.node_dispatch import NodePlan
+from torch_moe_ep.ops.one_device import check_one_device
 
 
 def node_combine(
@@ -56,6 +57,7 @@ def _node_combine_fake(
     tokens_per_expert: torch.Tensor | None = None,
     bytes_sent: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_one_device(rows=rows, row_weights=row_weights, row_of_copy=row_of_copy)
     num_tokens = row_of_copy.numel() // top_k
     weights_shape = (0,) if row_weights is None else (num_tokens, top_k)
     x = rows.new_empty((num_tokens, rows.size(1)))

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from torch_moe_ep.ops.one_device import check_one_device
 from torch_moe_ep.ops.plan import _group_size, flag_on, row_alignment_on
 
 _NodePlanTensors = tuple[
@@ -182,6 +183,7 @@ def _node_dispatch_fake(
     group_name: str,
     bytes_sent: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_one_device(x=x, weights=weights, row_of_copy=row_of_copy)
     num_slots = torch.library.get_ctx().new_dynamic_size()
     num_weights = 0 if weights is None else num_slots
     return x.new_empty((num_slots, x.size(1))), x.new_empty(num_weights, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 import torch
 
+from torch_moe_ep.ops.one_device import check_one_device
 from torch_moe_ep.ops.peer_dispatch import PeerPlan
 
 
@@ -46,6 +47,7 @@ def _peer_combine_fake(
     group_name: str,
     tokens_per_expert: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_one_device(rows=rows, row_weights=row_weights, slot_of_copy=slot_of_copy)
     num_tokens = slot_of_copy.numel() // top_k
     weights_shape = (0,) if row_weights is None else (num_tokens, top_k)
     x = rows.new_empty((num_tokens, rows.size(1)))

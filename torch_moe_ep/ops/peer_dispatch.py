@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from torch_moe_ep.ops.one_device import check_one_device
 from torch_moe_ep.ops.plan import CUDA_ROW_ALIGNMENT, _group_size, flag_on
 
 _PeerPlanTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -167,6 +168,7 @@ def _peer_dispatch_fake(
     group_name: str,
     keep: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_one_device(x=x, weights=weights, slot_of_copy=slot_of_copy)
     num_slots = capacity or torch.library.get_ctx().new_dynamic_size()
     num_weights = 0 if weights is None else num_slots
     return x.new_empty((num_slots, x.size(1))), x.new_empty(num_weights, dtype=torch.float32)

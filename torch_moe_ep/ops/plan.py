@@ -4,6 +4,8 @@ from typing import NamedTuple, cast
 
 import torch
 
+from torch_moe_ep.ops.one_device import check_one_device
+
 _PlanTensors = tuple[
     torch.Tensor,
     torch.Tensor,
@@ -178,6 +180,7 @@ def _plan_fake(
     x: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
 ) -> _PlanTensors:
+    check_one_device(expert_ids=expert_ids, x=x, weights=weights)
     num_ranks = _group_size(group_name)
     num_received = 0 if not group_name else torch.library.get_ctx().new_dynamic_size()
     num_host_rows = num_ranks if group_name else 0

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from torch_moe_ep.ops.one_device import check_one_device
 from torch_moe_ep.ops.plan import SendBuffer, _group_size, flag_on, row_alignment_on
 
 _ChunkPlanTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -109,6 +110,7 @@ def _plan_chunks_fake(
     x: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
 ) -> _ChunkPlanTensors:
+    check_one_device(expert_ids=expert_ids, x=x, weights=weights)
     counts_shape = (num_chunks, _group_size(group_name), num_experts)
     num_packed = expert_ids.numel() if x is not None else 0
     like = expert_ids.new_empty((0, 0), dtype=torch.float32) if x is None else x
