@@ -33,7 +33,8 @@ class MoEConfig:
             in backward. 0: no bound. On CUDA rounded up to a multiple of 128.
         max_received_rows: rows that a rank may receive in one layer, padding included. Beyond it
             every rank of the EP group raises, with the number needed, before rows are allocated.
-            0: no bound.
+            0: no bound. With dispatcher="all_gather": copies of all the group's tokens, padding
+            included.
         transport: what carries rows between ranks. "collective": the EP process group's
             all-to-all. "hierarchical": two all-to-alls, where a token crosses to each node once
             however many of its experts live there, and results are summed on a node before they
