@@ -123,6 +123,9 @@ def identity_on_rank():
     assert isinstance(experts, MixtralExperts)
     assert list(model.state_dict()) == names
     assert inspect.signature(model.forward) == signature
+    unbound = list(inspect.signature(model.forward.__func__).parameters)
+    assert unbound == ["self", *signature.parameters]  # what TRL and accelerate look at
+    assert model.forward.__self__ is model
     assert experts.gate_up_proj.shape == (8, 256, 64)
     with pytest.raises(AssertionError):
         copy.deepcopy(model)

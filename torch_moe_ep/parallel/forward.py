@@ -12,6 +12,7 @@ have a target. The hidden root is no child of the model: no key of it enters a s
 import functools
 import inspect
 import itertools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,10 @@ class ExpertsRoot(nn.Module):
 
 
 def wrap_forward(state: ExpertParallelState) -> None:
-    """Wrap ``model.forward`` (signature kept), and ``model.generate`` where there is one."""
+    """Wrap ``model.forward`` (signature kept), and ``model.generate`` where there is one.
+
+    It stays a method: hosts take ``model.forward.__func__`` (accelerate, TRL).
+    """
     forward = state.model.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +62,7 @@ def wrap_forward(state: ExpertParallelState) -> None:
         return state.root(functools.partial(forward, *args, **kwargs))
 
     @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(_model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not state.is_started:
             _start_eagerly(state)
         if not state.is_batch_checked and state.model.training and torch.is_grad_enabled():
@@ -69,7 +73,10 @@ def wrap_forward(state: ExpertParallelState) -> None:
         with order.forward_of(state.model, state.wrappers(), next(iter(state.experts.values()))):
             return call(*args, **kwargs)
 
-    state.model.forward = run
+    bound = inspect.signature(forward)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    vars(run)["__signature__"] = bound.replace(parameters=[itself, *bound.parameters.values()])
+    state.model.forward = types.MethodType(run, state.model)
     generate = getattr(state.model, "generate", None)
     if generate is not None and state.mesh.size() > state.mesh["replicate"].size():
         state.model.__dict__["generate"] = _synced_generate(generate)
