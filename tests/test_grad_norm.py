@@ -111,10 +111,10 @@ def gradients_clipped_by_value(run: Run):
     return from_rank0(full_gradients(model))
 
 
-@pytest.mark.parametrize("wrap", ["fsdp2", "fsdp1", "ddp"])
-def test_stock_clip_by_value_takes_both_kinds_of_gradients(ranks, wrap):
-    run = Run(wrap, 2, 2)
-    clipped = ranks(2).run(gradients_clipped_by_value, run)[0]
+@pytest.mark.parametrize("run", [*(Run(wrap, 2, 2) for wrap in ("fsdp2", "fsdp1", "ddp", "none")),
+                                 Run("hsdp2", 4, 2, 1)], ids=str)  # fmt: skip
+def test_stock_clip_by_value_takes_both_kinds_of_gradients(ranks, run):
+    clipped = ranks(run.world).run(gradients_clipped_by_value, run)[0]
     whole = reference_of(run)[1]
     assert any(grad.abs().max() > MAX_VALUE for name, grad in whole.items() if ".experts." in name)
     expected = {name: grad.clamp(-MAX_VALUE, MAX_VALUE) for name, grad in whole.items()}
