@@ -40,6 +40,7 @@ measure() {
 
 measure 85 ep_layer benchmarks.ep_layer --min_seconds 0.5 --turns 2
 measure 45 transport benchmarks.transport
+measure 45 transport benchmarks.transport --tokens 8192 --hidden 2048 --top_k 8 --num_experts 128
 measure 80 train benchmarks.train
 # It waits most of the time: beside the tests, of which nothing is a time.
 measure 190 killed_rank benchmarks.killed_rank &

@@ -42,17 +42,21 @@ AGAIN = {"received_rows": "dispatch_again"}
 
 
 MOVEMENTS = [
-    # dtype, hidden, K, capacity
-    (torch.bfloat16, 4096, 2, 0),
-    (torch.bfloat16, 48, 1, 1024),
-    (torch.float32, 33, 3, 0),
-    (torch.float16, 34, 2, 1280),
-    (torch.bfloat16, 33, 2, 0),
+    # dtype, hidden, E, K, capacity, multiprocessors; with few of them a warp reads whole rows
+    (torch.bfloat16, 4096, 8, 2, 0, 16),
+    (torch.bfloat16, 4096, 8, 2, 0, 1),
+    (torch.bfloat16, 48, 8, 1, 1024, 16),
+    (torch.float16, 4160, 8, 1, 0, 1),
+    (torch.float32, 33, 8, 3, 0, 16),
+    (torch.float16, 34, 8, 2, 1280, 16),
+    (torch.bfloat16, 33, 8, 1, 0, 2),
+    (torch.bfloat16, 2880, 8, 8, 0, 2),
+    (torch.float32, 1028, 64, 16, 0, 1),
 ]
 
 
 def moved(
-    case: Case, capacity: int, *, is_peer: bool, keep: bool = True
+    case: Case, capacity: int, num_sms: int, *, is_peer: bool, keep: bool = True
 ) -> dict[str, torch.Tensor]:
     """What dispatch and combine make of a case, and their gradients."""
     rank, name = dist.get_rank(), dist.group.WORLD.group_name
@@ -60,10 +64,12 @@ def moved(
     x = normal(case.num_tokens, case.hidden, dtype=case.dtype, seed=rank).cuda().requires_grad_()
     weights = normal(case.num_tokens, case.top_k, seed=rank + 50).cuda().requires_grad_()
     if is_peer:
-        plan = ops.peer_plan(ids, 8, group_name=name, capacity=capacity)
+        plan = ops.peer_plan(
+            ids, case.num_experts, group_name=name, capacity=capacity, num_sms=num_sms
+        )
         rows, row_weights = ops.peer_dispatch(x, weights, plan, keep=keep)
     else:
-        plan = ops.plan(ids, 8, group_name=name)
+        plan = ops.plan(ids, case.num_experts, group_name=name)
         rows, row_weights = ops.dispatch(x, weights, plan)
     used = int(plan.expert_offsets[-1])
     kept = {"rows": rows[:used].clone(), "row_weights": row_weights[:used].clone()}
@@ -79,14 +85,14 @@ def movement_differences() -> list[str]:
     """Where rows, sums or gradients of the peer operators differ from the collective ones."""
     rank = share_the_gpu()
     found = []
-    for number, (dtype, hidden, top_k, capacity) in enumerate(MOVEMENTS):
-        tokens = 0 if rank == 1 and number % 2 else 150 + 40 * rank
-        case = Case(tokens, 8, top_k, hidden, "skewed", dtype)
-        expected = moved(case, capacity, is_peer=False)
+    for number, (dtype, hidden, num_experts, top_k, capacity, num_sms) in enumerate(MOVEMENTS):
+        tokens = 0 if rank == 1 and number % 3 == 2 else 150 + 40 * rank
+        case = Case(tokens, num_experts, top_k, hidden, "skewed", dtype)
+        expected = moved(case, capacity, num_sms, is_peer=False)
         for keep in (True, False):
-            ours = moved(case, capacity, is_peer=True, keep=keep)
+            ours = moved(case, capacity, num_sms, is_peer=True, keep=keep)
             found += [
-                f"{case} capacity {capacity} keep {keep}: {key}"
+                f"{case} capacity {capacity} SMs {num_sms} keep {keep}: {key}"
                 for key in expected
                 if not torch.equal(ours[key], expected[key])
             ]

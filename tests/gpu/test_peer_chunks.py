@@ -283,7 +283,7 @@ def order_of_launches() -> tuple[list[str], bool]:
             torch.cuda.synchronize()
         found = launches_of(profiled)
         dist.barrier()
-    kinds = ("push_rows", "swiglu", "pull_sums", "counted_copy", "gather_numbers")
+    kinds = ("push_rows", "swiglu", "pull_rows", "counted_copy", "gather_numbers")
     order = [kind for launch in found for kind in kinds if kind in launch.name]
     streams = {kind: {launch.stream for launch in found if kind in launch.name} for kind in kinds}
     return order, streams["push_rows"].isdisjoint(streams["swiglu"])
@@ -295,9 +295,9 @@ def test_peer_chunks_leave_before_the_gemms_of_the_chunk_before(
     order, is_apart = gpu_ranks(2).run(order_of_launches, timeout_s=TIMEOUT_S)[0]
     assert is_apart
     assert order[0] == "gather_numbers"
-    moves = [kind for kind in order if kind in ("push_rows", "swiglu", "pull_sums")]
-    first = ["push_rows", "push_rows", "swiglu", "pull_sums", "push_rows", "swiglu", "pull_sums"]
-    assert moves == [*first, "swiglu", "pull_sums"]
+    moves = [kind for kind in order if kind in ("push_rows", "swiglu", "pull_rows")]
+    first = ["push_rows", "push_rows", "swiglu", "pull_rows", "push_rows", "swiglu", "pull_rows"]
+    assert moves == [*first, "swiglu", "pull_rows"]
     assert order.count("counted_copy") == 2  # rows and weights that backward reads, once
 
 

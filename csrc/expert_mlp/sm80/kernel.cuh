@@ -1,6 +1,7 @@
 // The generic grouped GEMM: persistent CTAs of 8 warps, cp.async stages, mma.sync.
 #pragma once
 
+#include "common/copy_async.cuh"
 #include "expert_mlp/grouped_gemm.h"
 #include "expert_mlp/sm80/operand.cuh"
 #include "expert_mlp/tile_scheduler.cuh"

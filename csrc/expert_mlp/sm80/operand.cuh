@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "common/copy_async.cuh"
 #include "expert_mlp/sm80/ptx.cuh"
 
 namespace torch_moe_ep::sm80 {

@@ -1,26 +1,9 @@
-// Ampere instructions that CUDA C++ has no words for: cp.async, ldmatrix, mma.sync.
+// Ampere instructions that CUDA C++ has no words for: ldmatrix, mma.sync.
 #pragma once
 
 #include <cstdint>
 
 namespace torch_moe_ep::sm80 {
-
-// 16 bytes from global to shared memory, zeros if !is_inside (then `global` is not read).
-__device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global, bool is_inside) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared),
-               "l"(global),
-               "r"(is_inside ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void copy_async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 // Four 8x8 bf16 matrices; lane l gives the address of row l % 8 of matrix l / 8.
 template <bool kTranspose>
