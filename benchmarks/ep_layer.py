@@ -2,6 +2,7 @@
 
     python -m benchmarks.ep_layer                # EP = a rank for each GPU; one GPU: two share it
     python -m benchmarks.ep_layer --chunks 1 4   # tokens in one piece, and in four
+    python -m benchmarks.ep_layer --fine_grained # 128 narrow experts, of which a token takes eight
 
 Each rank has T tokens and E / P experts. The figure is that of the slowest rank, as a ratio to the
 dense GEMM of the same loop, which runs on every GPU too. Beside it: the same layer with all experts
@@ -170,16 +171,19 @@ def main() -> None:
     common.add_common_arguments(parser)
     num_gpus = torch.cuda.device_count()
     small = {} if num_gpus > 1 else {"hidden": 1024, "width": 2048}
+    fine_grained = {"num_experts": 128, "top_k": 8, "hidden": 2048, "width": 768}
     parser.add_argument("--ranks", type=int, default=num_gpus if num_gpus > 1 else 2)
     parser.add_argument("--tokens", type=int, default=16384 if num_gpus > 1 else 512)
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=list(ROUTINGS))
     parser.add_argument("--transports", nargs="+", default=["collective", "peer"])
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--fine_grained", action="store_true", help=f"experts as {fine_grained}")
     arguments = parser.parse_args()
     if num_gpus == 0:
         parser.error("benchmarks.ep_layer needs a GPU, and no GPU is visible.")
+    shape = fine_grained if arguments.fine_grained else small
     settings = Settings(
-        tuple(Case(arguments.tokens, routing, **small) for routing in arguments.routings),
+        tuple(Case(arguments.tokens, routing, **shape) for routing in arguments.routings),
         tuple(arguments.transports),
         tuple(arguments.chunks),
         arguments.min_seconds,

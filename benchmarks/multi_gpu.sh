@@ -39,6 +39,7 @@ measure() {
 }
 
 measure 85 ep_layer benchmarks.ep_layer --min_seconds 0.5 --turns 2
+measure 45 ep_layer benchmarks.ep_layer --min_seconds 0.5 --turns 2 --fine_grained --routings even
 measure 45 transport benchmarks.transport
 measure 45 transport benchmarks.transport --tokens 8192 --hidden 2048 --top_k 8 --num_experts 128
 measure 80 train benchmarks.train

@@ -90,12 +90,13 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "expert_mlp_forward(Tensor rows, Tensor row_weights, Tensor expert_offsets, "
       "Tensor host_offsets, Tensor gate_up, Tensor down, int slots_per_pass) "
       "-> (Tensor y, Tensor z)");
-  // All four gradients; those of the weights are scaled here and nowhere else.
+  // All four gradients; those of the weights are scaled here and nowhere else, and are [0] where
+  // nobody needs them.
   m.def(
       "expert_mlp_backward(Tensor grad_y, Tensor rows, Tensor row_weights, Tensor z, "
       "Tensor expert_offsets, Tensor host_offsets, Tensor gate_up, Tensor down, "
-      "float weight_grad_scale, int slots_per_pass) -> (Tensor grad_rows, "
-      "Tensor grad_row_weights, Tensor grad_gate_up, Tensor grad_down)");
+      "float weight_grad_scale, int slots_per_pass, bool needs_weight_grads=True) -> "
+      "(Tensor grad_rows, Tensor grad_row_weights, Tensor grad_gate_up, Tensor grad_down)");
   // The same with those of the weights added to fp32 tensors.
   m.def(
       "expert_mlp_backward_add(Tensor grad_y, Tensor rows, Tensor row_weights, Tensor z, "
@@ -125,7 +126,8 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "expert_mlp_backward_chunks(Tensor grad_y, Tensor rows, Tensor row_weights, Tensor z, "
       "Tensor segment_offsets, Tensor host_offsets, int num_chunks, Tensor gate_up, Tensor down, "
       "float weight_grad_scale, int slots_per_pass, Tensor(a!) grad_rows, "
-      "Tensor(b!) grad_row_weights) -> (Tensor grad_gate_up, Tensor grad_down)");
+      "Tensor(b!) grad_row_weights, bool needs_weight_grads=True) -> (Tensor grad_gate_up, "
+      "Tensor grad_down)");
 
   // One GEMM of them alone, bf16 on CUDA: a [R, K] with b [L, N, K] (layout NT) or [L, K, N] (NN)
   // -> [R, N]; a [R, M] with b [R, N] (TN) -> [L, M, N]. Contract: expert_mlp/grouped_gemm.h. For
@@ -185,11 +187,12 @@ TORCH_LIBRARY(torch_moe_ep, m) {
       "str group_name, Tensor? segment_offsets, int capacity, int num_sms, int slots_per_pass, "
       "Tensor? send_rows, Tensor? send_weights, bool keep_rows, bool keep_gate_up) "
       "-> (Tensor output, Tensor rows, Tensor row_weights, Tensor z)");
-  // Gradients of x, of the router weights, and of both expert weights.
+  // Gradients of x, of the router weights, and of both expert weights ([0] where nobody needs
+  // them).
   m.def(
       "chunked_experts_backward(Tensor grad_output, Tensor rows, Tensor row_weights, Tensor z, "
       "Tensor slot_of_copy, Tensor counts, Tensor host_counts, Tensor gate_up, Tensor down, "
       "int top_k, int row_alignment, str group_name, Tensor? segment_offsets, int capacity, "
-      "int num_sms, float weight_grad_scale, int slots_per_pass) -> (Tensor grad_x, "
-      "Tensor grad_weights, Tensor grad_gate_up, Tensor grad_down)");
+      "int num_sms, float weight_grad_scale, int slots_per_pass, bool needs_weight_grads=True) -> "
+      "(Tensor grad_x, Tensor grad_weights, Tensor grad_gate_up, Tensor grad_down)");
 }

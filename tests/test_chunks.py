@@ -184,10 +184,10 @@ def test_passes_take_the_gradients_of_all_chunks_at_once(ranks):
     assert back == ["rows", "rows", "all gradients", "rows", "rows", "rows", "rows"]
 
 
-def saved_bytes(config: dict) -> tuple[int, int]:
+def saved_bytes(config: dict, is_frozen: bool = False) -> tuple[int, int]:
     """Bytes that backward keeps of one layer, without weights: of floats, of integers."""
     layer = Layer()
-    model = layer.experts(2, config)
+    model = layer.experts(2, config).requires_grad_(not is_frozen)
     weights_at = {param.to_local().untyped_storage().data_ptr() for param in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -207,15 +207,49 @@ def saved_bytes(config: dict) -> tuple[int, int]:
     return sizes[True], sizes[False]
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
 @pytest.mark.parametrize("config", [{}, {"recompute": "gate_up"}, {"max_slots": 3}], ids=str)
-def test_backward_keeps_the_bytes_of_one_chunk(ranks, config):
-    whole = ranks(2).run(saved_bytes, config)
-    chunked = ranks(2).run(saved_bytes, {**config, "num_chunks": 3})
+def test_backward_keeps_the_bytes_of_one_chunk(ranks, config, is_frozen):
+    whole = ranks(2).run(saved_bytes, config, is_frozen)
+    chunked = ranks(2).run(saved_bytes, {**config, "num_chunks": 3}, is_frozen)
     for (floats, _), (expected, _) in zip(chunked, whole, strict=True):
         assert floats == expected > 0
     # Counts of every chunk [C, P, E], here and on the host, in place of one's and of all slots.
     extra = 2 * 2 * 2 * NUM_EXPERTS * 8
     assert all(mine[1] <= other[1] + extra for mine, other in zip(chunked, whole, strict=True))
+
+
+def test_frozen_experts_keep_no_rows_where_the_products_are_kept(ranks):
+    config = {"num_chunks": 3}
+    trained = ranks(2).run(saved_bytes, config)
+    frozen = ranks(2).run(saved_bytes, config, True)
+    shares = [ours / whole for (ours, _), (whole, _) in zip(frozen, trained, strict=True)]
+    row, products, weight = Layer.hidden, 2 * Layer.width, 1
+    assert shares == [pytest.approx((products + weight) / (row + products + weight))] * 2
+
+
+def gradients_of_frozen_experts(config: dict) -> list[str]:
+    """What differs in any bit from trained experts, and operators that give weight gradients."""
+    layer, runs = Layer(), []
+    for is_frozen in (False, True):
+        model = layer.experts(2, config).requires_grad_(not is_frozen)
+        x, ids, weights, upstream = layer.inputs()
+        y = model(x, ids, weights)
+        with torch.profiler.profile() as profile:
+            y.backward(upstream)
+        runs.append({"y": y, "x": x.grad, "weights": weights.grad})
+    operators = {event.name for event in profile.events()}
+    found = [name for name in runs[0] if not torch.equal(runs[0][name], runs[1][name])]
+    found += sorted(operators & {"torch_moe_ep::expert_mlp_weight_grads"})
+    return found + [
+        name for name, parameter in model.named_parameters() if parameter.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("config", [{}, {"recompute": "gate_up"}, {"max_slots": 5}], ids=str)
+def test_frozen_experts_in_chunks_have_no_weight_gradients(ranks, config):
+    found = ranks(2).run(gradients_of_frozen_experts, {**config, "num_chunks": 2})
+    assert found == [[]] * 2
 
 
 def model_results(run: Run, how: str) -> tuple[float, dict[str, torch.Tensor], int]:

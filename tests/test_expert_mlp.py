@@ -3,6 +3,8 @@
 import pytest
 import torch
 from operator_cases import CASES, Case, occupied_rows, strided
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_moe_ep import ops, reference
 from torch_moe_ep.testing import relative_error
@@ -115,6 +117,59 @@ def test_expert_mlp_weight_grad_scale_touches_weight_gradients_only():
         assert torch.equal(got, wanted)
     for got, wanted in zip(scaled[3:], plain[3:], strict=True):
         assert torch.equal(got, 0.25 * wanted)
+
+
+class WeightGradientsAsked(TorchDispatchMode):
+    """Whether each backward was asked for the weights' gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.torch_moe_ep.expert_mlp_backward.default:
+            self.found.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keeps", ["rows", "x"])
+@pytest.mark.parametrize(
+    ("options", "keeps_rows"),
+    [({}, False), ({"recompute_gate_up": True}, True), ({"slots_per_pass": 3}, True)],
+    ids=str,
+)
+def test_expert_mlp_frozen_weights_cost_no_gradient_and_keep_no_rows(options, keeps_rows, keeps):
+    """Nobody reads rows where z is there. LoRA of attention alone freezes experts."""
+    case = CASES[0]
+    trained = inputs_of(case, torch.float32)
+    expected = run(ops.expert_mlp, case, trained, **options)
+    frozen = [tensor.detach().clone() for tensor in trained]
+    for tensor in frozen[:2]:
+        tensor.requires_grad_()
+    generator = torch.Generator().manual_seed(13)
+    x = torch.randn(case.tokens, case.hidden, generator=generator)
+    source = frozen[0] if keeps == "rows" else x
+    saved = set()
+
+    def pack(tensor):
+        saved.add(tensor.data_ptr())
+        return tensor
+
+    with WeightGradientsAsked() as asked, saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = run(ops.expert_mlp, case, frozen, x=x if keeps == "x" else None, **options)
+    for got, wanted in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(got, wanted)
+    assert found[3:] == [None, None] and asked.found == [False]
+    assert (source.data_ptr() in saved) == keeps_rows
+
+
+def test_expert_mlp_one_frozen_weight_leaves_the_other_its_gradient():
+    case = CASES[0]
+    expected = run(ops.expert_mlp, case, inputs_of(case, torch.float32))
+    half = inputs_of(case, torch.float32)
+    half[2].requires_grad_(False)
+    found = run(ops.expert_mlp, case, half)
+    assert found[3] is None and torch.equal(found[4], expected[4])
 
 
 def test_expert_mlp_expert_without_rows_has_zero_gradient():

@@ -1,4 +1,8 @@
-"""The layer with tokens in chunks (num_chunks > 1): they travel under each other's GEMMs."""
+"""The layer as one operation: tokens in chunks travel under each other's GEMMs.
+
+Over peers tokens in one piece take it too (num_chunks = 1): the experts read rows where they came
+and write results where the others read them, and gradients go back under the weights' GEMMs.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -137,10 +137,10 @@ class ExpertParallelExperts(nn.Module):
         """How rows travel, as `apply_expert_parallel` has settled it."""
         if self.moe_config.dispatcher == "all_gather":
             return self._gathered
-        if self.moe_config.num_chunks > 1:
-            return partial(run_in_chunks, self)
-        if self.uses_peers:
+        if self.uses_peers and self.moe_config.received_rows == "dispatch_again":
             return partial(run_over_peers, self)
+        if self.uses_peers or self.moe_config.num_chunks > 1:
+            return partial(run_in_chunks, self)
         if self.ranks_per_node:
             return partial(run_over_nodes, self)
         return self._pipeline

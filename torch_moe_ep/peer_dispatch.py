@@ -1,7 +1,7 @@
 """The layer between GPUs that map each other's memory (transport="peer").
 
 All layers share one buffer a rank, so what backward needs of the received rows is copied out of it
-or, with received_rows="dispatch_again", dispatched again.
+(`chunks`) or, with received_rows="dispatch_again", dispatched again (here).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def run_over_peers(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The layer's forward by reads and writes of peers' memory; arguments as the layer's.
+    """The layer's forward without a copy of the received rows; arguments as the layer's.
 
     Collective over the EP group. Host syncs: budget="exact" waits for a counter in the host's
     memory, budget="bounded" for nothing after the first training forward (see `capacity_of`).
@@ -42,10 +42,9 @@ def run_over_peers(
         invalid_flag=experts.invalid_flag,
         slots_needed=experts.slots_needed,
     )
-    keep = config.received_rows != "dispatch_again"
-    rows, row_weights = ops.peer_dispatch(x, top_k_weights.float(), plan, keep=keep)
-    with contextlib.nullcontext() if keep else rows_dispatched_again(rows, x.detach(), plan):
-        y = experts.expert_mlp(rows, row_weights if keep else row_weights.clone(), plan)
+    rows, row_weights = ops.peer_dispatch(x, top_k_weights.float(), plan, keep=False)
+    with rows_dispatched_again(rows, x.detach(), plan):
+        y = experts.expert_mlp(rows, row_weights.clone(), plan)
     output = ops.peer_combine(y, plan, tokens_per_expert=experts.tokens_per_expert)
     return output.to(hidden_states.dtype).view(hidden_states.shape)
 

@@ -15,13 +15,13 @@
 // chunked_experts_forward(x [T, H], weights [T, K] fp32, plan, gate_up, down, ...) ->
 //   output [T, H]         as combine makes it.
 //   rows [R, H], row_weights [R]  received rows of all chunks, in the order of their segments;
-//                         [0, H] and [0] unless keep_rows.
+//                         [0, H] unless keep_rows, and [0] unless they or z are kept.
 //   z [R, 2I]             gate and up products; [0, 2I] unless keep_gate_up and in one pass.
 // chunked_experts_backward(grad_output [T, H], these, plan, gate_up, down, ...) ->
 //   grad_x [T, H], grad_weights [T, K], grad_gate_up [L, 2I, H], grad_down [L, H, I]
-//   z [0, 2I] is computed again. With slots_per_pass > 0 the experts' backward is that of one
-//   chunk, in passes, after all gradients have come: intermediates of all rows would break the
-//   bound.
+//   z [0, 2I] is computed again. The weights' gradients are [0] without needs_weight_grads. With
+//   slots_per_pass > 0 the experts' backward is that of one chunk, in passes, after all gradients
+//   have come: intermediates of all rows would break the bound.
 //
 // Collective over the group, of two ranks or more, in both directions. Deterministic. Errors as of
 // dispatch, expert_mlp and combine.

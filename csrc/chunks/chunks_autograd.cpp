@@ -21,6 +21,12 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Four = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+// What backward is to have. Rows are what z is made of, and the gradients of trained weights.
+struct Keeps {
+  bool rows;
+  bool gate_up;
+};
+
 // How the experts compute, besides their weights.
 struct Options {
   double weight_grad_scale;
@@ -61,7 +67,8 @@ Four call_forward(const at::Tensor& x,
 // saved: rows, row_weights, z, slot_of_copy, counts, host_counts, gate_up, down, segment_offsets.
 Four call_backward(const at::Tensor& grad_output,
                    const variable_list& saved,
-                   AutogradContext* ctx) {
+                   AutogradContext* ctx,
+                   bool needs_weight_grads) {
   return call_operator<"chunked_experts_backward", Four>(
       grad_output,
       saved[0],
@@ -79,7 +86,8 @@ Four call_backward(const at::Tensor& grad_output,
       ctx->saved_data["capacity"].toInt(),
       ctx->saved_data["num_sms"].toInt(),
       ctx->saved_data["weight_grad_scale"].toDouble(),
-      ctx->saved_data["slots_per_pass"].toInt());
+      ctx->saved_data["slots_per_pass"].toInt(),
+      needs_weight_grads);
 }
 
 class ChunkedExperts : public torch::autograd::Function<ChunkedExperts> {
@@ -91,7 +99,7 @@ class ChunkedExperts : public torch::autograd::Function<ChunkedExperts> {
                             const at::Tensor& down,
                             const ChunkPlan& plan,
                             const Options& options,
-                            bool is_kept,
+                            const Keeps& keeps,
                             const ChunkRows& packed,
                             const MaybeTensor& tokens_per_expert) {
     const at::AutoDispatchBelowADInplaceOrView guard;
@@ -103,8 +111,8 @@ class ChunkedExperts : public torch::autograd::Function<ChunkedExperts> {
                                                        options.slots_per_pass,
                                                        given(packed.rows),
                                                        given(packed.weights),
-                                                       is_kept,
-                                                       !options.recompute_gate_up);
+                                                       keeps.rows,
+                                                       keeps.gate_up);
     ctx->save_for_backward({rows,
                             row_weights,
                             z,
@@ -132,7 +140,11 @@ class ChunkedExperts : public torch::autograd::Function<ChunkedExperts> {
     const variable_list saved = ctx->get_saved_variables();
     const auto layer = static_cast<int32_t>(ctx->saved_data["layer"].toInt());
     const comm::ScopedLabel label({layer, nullptr});
-    auto [grad_x, grad_weights, grad_gate_up, grad_down] = call_backward(grads[0], saved, ctx);
+    // Of the tensors among forward's arguments gate_up is the third, down the fourth.
+    const bool needs_weight_grads = ctx->needs_input_grad(2) || ctx->needs_input_grad(3);
+    auto [grad_x, grad_weights, grad_gate_up, grad_down] =
+        call_backward(grads[0], saved, ctx, needs_weight_grads);
+    if (!needs_weight_grads) grad_gate_up = grad_down = at::Tensor();
     const auto counter = ctx->saved_data["tokens_per_expert"].toOptional<at::Tensor>();
     if (counter.has_value()) {
       const int64_t rank = comm::group_rank(ctx->saved_data["group_name"].toStringRef());
@@ -163,9 +175,10 @@ at::Tensor chunked_experts_autograd(const at::Tensor& x,
                                     const MaybeTensor& send_rows,
                                     const MaybeTensor& send_weights) {
   check_counter(tokens_per_expert, counts);
-  const bool is_kept =
-      at::GradMode::is_enabled() && (x.requires_grad() || weights.requires_grad() ||
-                                     gate_up.requires_grad() || down.requires_grad());
+  const bool is_trained = gate_up.requires_grad() || down.requires_grad();
+  const bool has_backward =
+      at::GradMode::is_enabled() && (x.requires_grad() || weights.requires_grad() || is_trained);
+  const bool needs_rows = is_trained || recompute_gate_up || slots_per_pass > 0;
   return ChunkedExperts::apply(
       x,
       weights,
@@ -181,7 +194,7 @@ at::Tensor chunked_experts_autograd(const at::Tensor& x,
                 capacity,
                 num_sms},
       Options{weight_grad_scale, slots_per_pass, recompute_gate_up},
-      is_kept,
+      Keeps{has_backward && needs_rows, has_backward && !recompute_gate_up},
       ChunkRows{send_rows.value_or(at::Tensor()), send_weights.value_or(at::Tensor())},
       tokens_per_expert);
 }

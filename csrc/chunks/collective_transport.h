@@ -27,7 +27,9 @@ class CollectiveChunks : public ChunkTransport {
   void finish_dispatch(int64_t chunk) override;
   ChunkRows arrived() override { return arrived_; }
   ChunkRows leaving() override { return leaving_; }
-  ChunkRows kept() override { return arrived_; }
+  ChunkRows kept(bool has_rows) override {
+    return {has_rows ? arrived_.rows : at::Tensor(), arrived_.weights};
+  }
   // Waits for the chunk before, whose way back then lies behind: its buffers are free.
   void start_combine(int64_t chunk) override;
   ChunkRows finish_combine() override;

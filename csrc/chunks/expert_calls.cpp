@@ -74,7 +74,7 @@ WeightGradients call_backward_chunks(const ChunkSegments& segments,
                                      const ChunkRows& rows,
                                      const at::Tensor& z,
                                      const ChunkExperts& experts,
-                                     double weight_grad_scale,
+                                     const WeightGradientsWanted& wanted,
                                      const ChunkRows& into) {
   auto [gate_up, down] = call_operator<"expert_mlp_backward_chunks", Two>(grad_y,
                                                                           rows.rows,
@@ -85,10 +85,11 @@ WeightGradients call_backward_chunks(const ChunkSegments& segments,
                                                                           segments.num_chunks,
                                                                           experts.gate_up,
                                                                           experts.down,
-                                                                          weight_grad_scale,
+                                                                          wanted.scale,
                                                                           experts.slots_per_pass,
                                                                           into.rows,
-                                                                          into.weights);
+                                                                          into.weights,
+                                                                          wanted.are_needed);
   return {gate_up, down};
 }
 

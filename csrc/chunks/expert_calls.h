@@ -31,6 +31,12 @@ struct WeightGradients {
   at::Tensor down;
 };
 
+// Frozen experts need none.
+struct WeightGradientsWanted {
+  bool are_needed;
+  double scale;
+};
+
 // Writes y, and z where it is defined, of the chunk's rows.
 void call_forward(const ChunkSegments& segments,
                   int64_t chunk,
@@ -55,13 +61,14 @@ WeightGradients call_weight_grads(const ChunkSegments& segments,
                                   const InputGradients& of_rows,
                                   double weight_grad_scale);
 
-// Both over the rows of all chunks, in passes; writes the rows and their weights of `into`.
+// Both over the rows of all chunks, in passes; writes the rows and their weights of `into`. Weight
+// gradients that nobody needs come back as [0].
 WeightGradients call_backward_chunks(const ChunkSegments& segments,
                                      const at::Tensor& grad_y,
                                      const ChunkRows& rows,
                                      const at::Tensor& z,
                                      const ChunkExperts& experts,
-                                     double weight_grad_scale,
+                                     const WeightGradientsWanted& wanted,
                                      const ChunkRows& into);
 
 }  // namespace torch_moe_ep

@@ -41,7 +41,7 @@ class PeerChunks : public ChunkTransport {
   void finish_dispatch(int64_t chunk) override;
   ChunkRows arrived() override;
   ChunkRows leaving() override;
-  ChunkRows kept() override;
+  ChunkRows kept(bool has_rows) override;
   void start_combine(int64_t chunk) override;
   ChunkRows finish_combine() override;
 

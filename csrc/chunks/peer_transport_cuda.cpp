@@ -45,11 +45,6 @@ int64_t room_of(const ChunkPlan& plan) {
   return largest_num_slots(plan.host_counts, plan.row_alignment);
 }
 
-ChunkRows empty_like(const ChunkRows& rows) {
-  return {at::empty_like(rows.rows),
-          rows.weights.defined() ? at::empty_like(rows.weights) : at::Tensor()};
-}
-
 }  // namespace
 
 PeerChunks::PeerChunks(ChunkPlan plan, ChunkStages stages, ChunkRows tokens)
@@ -118,13 +113,14 @@ void PeerChunks::finish_dispatch(int64_t chunk) {
   have_come_[chunk].block(c10::cuda::getCurrentCUDAStream(tokens_.rows.get_device()));
 }
 
-ChunkRows PeerChunks::kept() {
+ChunkRows PeerChunks::kept(bool has_rows) {
   const ChunkRows rows = arrived();
-  const ChunkRows kept = empty_like(rows);
+  const ChunkRows kept = {has_rows ? at::empty_like(rows.rows) : at::Tensor(),
+                          sends_weights_ ? at::empty_like(rows.weights) : at::Tensor()};
   peers_.copy_stream().fork();
   is_copying_ = true;
   const c10::cuda::CUDAStreamGuard on_copy_stream(peers_.copy_stream().stream());
-  comm::copy_rows(rows.rows, kept.rows.mutable_data_ptr(), segments_.offsets);
+  if (has_rows) comm::copy_rows(rows.rows, kept.rows.mutable_data_ptr(), segments_.offsets);
   if (sends_weights_) {
     comm::copy_rows(rows.weights, kept.weights.mutable_data_ptr(), segments_.offsets);
   }

@@ -13,7 +13,7 @@ WeightGradients pipeline_gradients(ChunkTransport& transport,
                                    const ChunkSegments& segments,
                                    const ChunkExperts& experts,
                                    const KeptRows& kept,
-                                   double weight_grad_scale) {
+                                   const WeightGradientsWanted& wanted) {
   const bool has_z = kept.z.size(0) == segments.num_slots;
   const auto options = experts.gate_up.options();
   transport.start_dispatch(0);
@@ -30,7 +30,8 @@ WeightGradients pipeline_gradients(ChunkTransport& transport,
         segments, chunk, grad_y, kept.arrived, has_z ? kept.z : at::Tensor(), experts, found);
     transport.start_combine(chunk);
   }
-  return call_weight_grads(segments, grad_y, kept.arrived.rows, found, weight_grad_scale);
+  if (!wanted.are_needed) return {at::empty({0}, options), at::empty({0}, options)};
+  return call_weight_grads(segments, grad_y, kept.arrived.rows, found, wanted.scale);
 }
 
 // Passes bound what all rows need at once, so that gradients of rows and weights are made together:
@@ -39,7 +40,7 @@ WeightGradients gradients_in_passes(ChunkTransport& transport,
                                     const ChunkSegments& segments,
                                     const ChunkExperts& experts,
                                     const KeptRows& kept,
-                                    double weight_grad_scale) {
+                                    const WeightGradientsWanted& wanted) {
   for (int64_t chunk = 0; chunk < segments.num_chunks; ++chunk) transport.start_dispatch(chunk);
   for (int64_t chunk = 0; chunk < segments.num_chunks; ++chunk) transport.finish_dispatch(chunk);
   const WeightGradients of_weights = call_backward_chunks(segments,
@@ -47,7 +48,7 @@ WeightGradients gradients_in_passes(ChunkTransport& transport,
                                                           kept.arrived,
                                                           kept.z,
                                                           experts,
-                                                          weight_grad_scale,
+                                                          wanted,
                                                           transport.leaving());
   for (int64_t chunk = 0; chunk < segments.num_chunks; ++chunk) transport.start_combine(chunk);
   return of_weights;
@@ -67,7 +68,7 @@ ChunkForward run_forward(ChunkTransport& transport,
   transport.start_dispatch(0);
   const ChunkRows arrived = transport.arrived();
   const at::Tensor y = transport.leaving().rows;
-  const bool has_z = keep_rows && keep_gate_up && is_one_pass;
+  const bool has_z = keep_gate_up && is_one_pass;
   const at::Tensor z = has_z ? at::empty({num_slots, width}, options) : at::Tensor();
   for (int64_t chunk = 0; chunk < segments.num_chunks; ++chunk) {
     if (chunk + 1 < segments.num_chunks) transport.start_dispatch(chunk + 1);
@@ -75,10 +76,10 @@ ChunkForward run_forward(ChunkTransport& transport,
     call_forward(segments, chunk, arrived, experts, y, z);
     transport.start_combine(chunk);
   }
-  const ChunkRows none = {at::empty({0, hidden}, options),
-                          at::empty({0}, options.dtype(at::kFloat))};
-  const KeptRows kept = {keep_rows ? transport.kept() : none,
-                         has_z ? z : at::empty({0, width}, options)};
+  ChunkRows rows = keep_rows || has_z ? transport.kept(keep_rows) : ChunkRows{};
+  if (!rows.rows.defined()) rows.rows = at::empty({0, hidden}, options);
+  if (!rows.weights.defined()) rows.weights = at::empty({0}, options.dtype(at::kFloat));
+  const KeptRows kept = {rows, has_z ? z : at::empty({0, width}, options)};
   return {transport.finish_combine().rows, kept};
 }
 
@@ -86,9 +87,9 @@ ChunkBackward run_backward(ChunkTransport& transport,
                            const ChunkSegments& segments,
                            const ChunkExperts& experts,
                            const KeptRows& kept,
-                           double weight_grad_scale) {
+                           const WeightGradientsWanted& wanted) {
   const auto run = experts.slots_per_pass > 0 ? gradients_in_passes : pipeline_gradients;
-  const WeightGradients of_weights = run(transport, segments, experts, kept, weight_grad_scale);
+  const WeightGradients of_weights = run(transport, segments, experts, kept, wanted);
   const ChunkRows of_tokens = transport.finish_combine();
   return {of_tokens.rows, of_tokens.weights, of_weights.gate_up, of_weights.down};
 }

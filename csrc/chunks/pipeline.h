@@ -12,7 +12,7 @@ namespace torch_moe_ep {
 
 // What backward reads, of all chunks.
 struct KeptRows {
-  ChunkRows arrived;  // [R, H] and [R]; or [0, H] and [0]
+  ChunkRows arrived;  // [R, H] and [R]; or [0, H], and without z [0]
   at::Tensor z;       // [R, 2I], or [0, 2I]
 };
 
@@ -39,6 +39,6 @@ ChunkBackward run_backward(ChunkTransport& transport,
                            const ChunkSegments& segments,
                            const ChunkExperts& experts,
                            const KeptRows& kept,
-                           double weight_grad_scale);
+                           const WeightGradientsWanted& wanted);
 
 }  // namespace torch_moe_ep

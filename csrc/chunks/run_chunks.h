@@ -86,7 +86,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_backw
     int64_t capacity,
     int64_t num_sms,
     double weight_grad_scale,
-    int64_t slots_per_pass) {
+    int64_t slots_per_pass,
+    bool needs_weight_grads) {
   check_dispatch(grad_output, std::nullopt, slot_of_copy, top_k);
   const c10::DeviceGuard guard(grad_output.device());
   const ChunkPlan plan = {slot_of_copy,
@@ -102,7 +103,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_backw
   const auto transport = make_transport<kDevice>(
       plan, {"combine backward", "dispatch backward"}, {grad_output.contiguous(), {}}, {});
   const ChunkSegments& segments = transport->segments();
-  TORCH_CHECK_VALUE(rows.size(0) == segments.num_slots,
+  const bool needs_rows = needs_weight_grads || z.size(0) == 0;
+  TORCH_CHECK_VALUE(!needs_rows || rows.size(0) == segments.num_slots,
                     "rows must be the ",
                     segments.num_slots,
                     " that chunked_experts_forward kept, got shape ",
@@ -111,7 +113,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> chunked_experts_backw
                                            segments,
                                            {gate_up, down, slots_per_pass},
                                            {{rows, row_weights}, z},
-                                           weight_grad_scale);
+                                           {needs_weight_grads, weight_grad_scale});
   return {found.x, found.weights, found.gate_up, found.down};
 }
 

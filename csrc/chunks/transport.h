@@ -34,8 +34,9 @@ class ChunkTransport {
   // Where results are written before start_combine: rows [R, H], and weights [R] where rows go back
   // with some. Asked for after start_dispatch(0).
   virtual ChunkRows leaving() = 0;
-  // arrived() of all chunks in memory that lasts, for backward. Asked for when all are finished.
-  virtual ChunkRows kept() = 0;
+  // arrived() of all chunks in memory that lasts, for backward; without rows their weights alone.
+  // Asked for when all are finished.
+  virtual ChunkRows kept(bool has_rows) = 0;
   // What lies in the chunk's segments of leaving() goes back to its tokens' ranks.
   virtual void start_combine(int64_t chunk) = 0;
   // Of all chunks: sums over K [T, H], and the weights of copies [T, K] where rows had some.

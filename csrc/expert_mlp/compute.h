@@ -64,13 +64,14 @@ struct MlpCompute {
                                const at::Tensor& activation,
                                double weight_grad_scale);
   // z [R, 2I], or [0, 2I] to compute it again. into.gate_up and into.down: fp32 tensors that the
-  // weights' gradients are added to, which then do not come back.
+  // weights' gradients are added to, which then do not come back, nor do those that nobody needs.
   MlpGradients (*backward)(const ExpertSegments& segments,
                            const at::Tensor& grad_y,
                            const MlpInputs& inputs,
                            const at::Tensor& z,
                            double weight_grad_scale,
                            int64_t slots_per_pass,
+                           bool needs_weight_grads,
                            MlpGradients into);
 };
 

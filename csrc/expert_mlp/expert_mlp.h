@@ -12,7 +12,8 @@
 // expert_mlp_backward(grad_y [R, H], ..., z [R, 2I] or [0, 2I], ...) ->
 //   grad_rows [R, H], grad_row_weights [R] fp32, grad_gate_up [L, 2I, H], grad_down [L, H, I]
 //   z [0, 2I] is computed again. Both weight gradients are multiplied by weight_grad_scale, here
-//   and nowhere else; that of an expert without slots is exactly zero.
+//   and nowhere else; that of an expert without slots is exactly zero. Without needs_weight_grads
+//   (frozen experts) they are not computed and come back as [0].
 // expert_mlp_backward_add(..., main_grad_gate_up, main_grad_down) -> grad_rows, grad_row_weights
 //   adds the weight gradients to fp32 tensors of the weights' shapes, contiguous, in place; on CUDA
 //   the hand-written kernels add their fp32 sums without rounding them first.

@@ -97,14 +97,19 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
         rows, row_weights, expert_offsets, host_offsets, gate_up, down, slots_per_pass);
     // A narrowed z would keep all of it alive.
     if (recompute_gate_up) z = at::empty_symint({0, gate_up.sym_size(1)}, rows.options());
-    ctx->save_for_backward({source.x.defined() ? at::Tensor() : rows,
+    // Of rows are made z, and the gradients of weights that are trained.
+    const bool is_trained =
+        gate_up.requires_grad() || down.requires_grad() || main_grads.gate_up.defined();
+    const bool needs_rows = is_trained || recompute_gate_up || slots_per_pass > 0;
+    const bool keeps_x = needs_rows && source.x.defined();
+    ctx->save_for_backward({needs_rows && !keeps_x ? rows : at::Tensor(),
                             row_weights,
                             z,
                             expert_offsets,
                             host_offsets,
                             gate_up,
                             down,
-                            source.x,
+                            keeps_x ? source.x : at::Tensor(),
                             source.slot_of_copy,
                             source.counts});
     // Not saved for backward: other calls' backward adds to them in between.
@@ -124,8 +129,9 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
                                saved[9],
                                ctx->saved_data["top_k"].toInt(),
                                ctx->saved_data["row_alignment"].toInt()};
-    const at::Tensor rows = source.x.defined() ? dispatch_again(source, saved[3]) : saved[0];
-    const auto call = [&]<OperatorName kName, typename Result>(const auto&... main_grads) {
+    at::Tensor rows = source.x.defined() ? dispatch_again(source, saved[3]) : saved[0];
+    if (!rows.defined()) rows = grad_outputs[0];  // of the same shape, and nobody reads them
+    const auto call = [&]<OperatorName kName, typename Result>(const auto&... more) {
       return call_operator<kName, Result>(grad_outputs[0],
                                           rows,
                                           saved[1],
@@ -136,8 +142,11 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
                                           saved[6],
                                           ctx->saved_data["weight_grad_scale"].toDouble(),
                                           ctx->saved_data["slots_per_pass"].toInt(),
-                                          main_grads...);
+                                          more...);
     };
+    // Of the tensors among forward's arguments gate_up is the fifth, down the sixth. Without rows
+    // neither was trained.
+    const bool needs_weight_grads = ctx->needs_input_grad(4) || ctx->needs_input_grad(5);
     at::Tensor grad_rows, grad_row_weights, grad_gate_up, grad_down;
     const at::Tensor main_gate_up = ctx->saved_data["main_grad_gate_up"].toTensor();
     const at::Tensor main_down = ctx->saved_data["main_grad_down"].toTensor();
@@ -146,8 +155,9 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
           call.operator()<"expert_mlp_backward_add", Two>(main_gate_up, main_down);
     } else {
       std::tie(grad_rows, grad_row_weights, grad_gate_up, grad_down) =
-          call.operator()<"expert_mlp_backward", Four>();
+          call.operator()<"expert_mlp_backward", Four>(needs_weight_grads);
     }
+    if (!needs_weight_grads) grad_gate_up = grad_down = at::Tensor();
     const at::Tensor none;
     return {without_unowned(grad_rows, saved[3]),
             without_unowned(grad_row_weights, saved[3]),

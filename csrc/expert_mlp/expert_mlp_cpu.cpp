@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -269,6 +270,7 @@ MlpGradients backward(const ExpertSegments& experts,
                       const at::Tensor& z,
                       double weight_grad_scale,
                       int64_t slots_per_pass,
+                      bool needs_weight_grads,
                       MlpGradients into) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto options = in.rows.options();
@@ -278,8 +280,11 @@ MlpGradients backward(const ExpertSegments& experts,
   const at::Tensor z_buffer = at::empty({num_buffered, in.gate_up.size(1)}, options);
   if (!into.rows.defined()) into.rows = at::empty_like(in.rows);
   if (!into.row_weights.defined()) into.row_weights = at::empty_like(in.row_weights);
-  WeightGradient gate_up(in.gate_up.sizes(), options, weight_grad_scale);
-  WeightGradient down(in.down.sizes(), options, weight_grad_scale);
+  std::optional<WeightGradient> gate_up, down;
+  if (needs_weight_grads) {
+    gate_up.emplace(in.gate_up.sizes(), options, weight_grad_scale);
+    down.emplace(in.down.sizes(), options, weight_grad_scale);
+  }
   for (const Segment& segment : segments) {
     const MlpInputGradients found = {segment.of(into.rows),
                                      segment.of(into.row_weights),
@@ -287,14 +292,16 @@ MlpGradients backward(const ExpertSegments& experts,
                                      buffer.narrow(0, 0, segment.count)};
     const bool has_z = z.size(0) == in.rows.size(0);
     segment_input_grads(segment, grad_y, in, has_z ? z : at::Tensor(), found);
-    down.add(segment, segment.of(grad_y), found.activation);
-    gate_up.add(segment, found.z, segment.of(in.rows));
+    if (!needs_weight_grads) continue;
+    down->add(segment, segment.of(grad_y), found.activation);
+    gate_up->add(segment, found.z, segment.of(in.rows));
   }
+  if (!needs_weight_grads) return {into.rows, into.row_weights, {}, {}};
   if (!into.gate_up.defined()) {
-    return {into.rows, into.row_weights, gate_up.finish(), down.finish()};
+    return {into.rows, into.row_weights, gate_up->finish(), down->finish()};
   }
-  into.gate_up.add_(gate_up.finish());
-  into.down.add_(down.finish());
+  into.gate_up.add_(gate_up->finish());
+  into.down.add_(down->finish());
   return {into.rows, into.row_weights, {}, {}};
 }
 

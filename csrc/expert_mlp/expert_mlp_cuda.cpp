@@ -161,6 +161,7 @@ MlpGradients backward(const ExpertSegments& segments,
                       const at::Tensor& z,
                       double weight_grad_scale,
                       int64_t slots_per_pass,
+                      bool needs_weight_grads,
                       MlpGradients into) {
   const c10::cuda::CUDAGuard guard(in.rows.device());
   const int64_t num_slots = in.rows.size(0);
@@ -179,9 +180,10 @@ MlpGradients backward(const ExpertSegments& segments,
                        inputs,
                        is_one && z.size(0) == num_slots ? z : at::Tensor(),
                        {rows_into, pass.of(into.row_weights), {}, {}});
+    if (is_one) into.rows = found.rows;
+    if (!needs_weight_grads) continue;
     grad_down.add(gemms, grad, found.activation, weight_grad_scale);
     grad_gate_up.add(gemms, found.z, inputs.rows, weight_grad_scale);
-    if (is_one) into.rows = found.rows;
   }
   into.gate_up = grad_gate_up.get(in.gate_up.scalar_type());
   into.down = grad_down.get(in.down.scalar_type());

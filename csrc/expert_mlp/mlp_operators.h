@@ -58,6 +58,7 @@ MlpGradients checked_backward(const at::Tensor& grad_y,
                               const at::Tensor& host_offsets,
                               double weight_grad_scale,
                               int64_t slots_per_pass,
+                              bool needs_weight_grads,
                               MlpGradients into) {
   check_expert_mlp(
       inputs.rows, inputs.row_weights, expert_offsets, host_offsets, inputs.gate_up, inputs.down);
@@ -68,7 +69,13 @@ MlpGradients checked_backward(const at::Tensor& grad_y,
                            z.contiguous(),
                            weight_grad_scale,
                            slots_per_pass,
+                           needs_weight_grads,
                            std::move(into));
+}
+
+// [0] in place of a gradient that nobody needs.
+inline at::Tensor given_or_empty(const at::Tensor& gradient, const at::Tensor& weight) {
+  return gradient.defined() ? gradient : at::empty({0}, weight.options());
 }
 
 template <const MlpCompute& kCompute>
@@ -82,7 +89,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward(
     const at::Tensor& gate_up,
     const at::Tensor& down,
     double weight_grad_scale,
-    int64_t slots_per_pass) {
+    int64_t slots_per_pass,
+    bool needs_weight_grads) {
   const MlpGradients found = checked_backward<kCompute>(grad_y,
                                                         {rows, row_weights, gate_up, down},
                                                         z,
@@ -90,8 +98,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expert_mlp_backward(
                                                         host_offsets,
                                                         weight_grad_scale,
                                                         slots_per_pass,
+                                                        needs_weight_grads,
                                                         {});
-  return {found.rows, found.row_weights, found.gate_up, found.down};
+  return {found.rows,
+          found.row_weights,
+          given_or_empty(found.gate_up, gate_up),
+          given_or_empty(found.down, down)};
 }
 
 template <const MlpCompute& kCompute>
@@ -116,6 +128,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_add(const at::Tensor& gra
                                  host_offsets,
                                  weight_grad_scale,
                                  slots_per_pass,
+                                 /*needs_weight_grads=*/true,
                                  {{}, {}, main_grad_gate_up, main_grad_down});
   return {found.rows, found.row_weights};
 }
@@ -241,7 +254,8 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_chunks(const at::Tensor& 
                                                               double weight_grad_scale,
                                                               int64_t slots_per_pass,
                                                               const at::Tensor& grad_rows,
-                                                              const at::Tensor& grad_row_weights) {
+                                                              const at::Tensor& grad_row_weights,
+                                                              bool needs_weight_grads) {
   check_expert_mlp(rows, row_weights, segment_offsets, host_offsets, gate_up, down, num_chunks);
   check_expert_mlp_backward(grad_y, rows, z, gate_up);
   check_target(grad_rows, "grad_rows", rows, rows.sizes(), rows.scalar_type());
@@ -254,8 +268,9 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_backward_chunks(const at::Tensor& 
                         z.contiguous(),
                         weight_grad_scale,
                         slots_per_pass,
+                        needs_weight_grads,
                         {grad_rows, grad_row_weights, {}, {}});
-  return {found.gate_up, found.down};
+  return {given_or_empty(found.gate_up, gate_up), given_or_empty(found.down, down)};
 }
 
 template <const MlpCompute& kCompute>

@@ -2,6 +2,7 @@
 
 import torch
 
+from torch_moe_ep.ops.expert_mlp import gradients_of_weights
 from torch_moe_ep.ops.one_device import check_one_device
 from torch_moe_ep.ops.plan import SendBuffer
 from torch_moe_ep.ops.plan_chunks import ChunkPlan
@@ -50,7 +51,8 @@ def chunked_experts(
     and weights there and one back. No host sync (gloo: for each exchange when its rows are needed).
     Deterministic. Differentiable once in `x`, `weights`, `gate_up` and `down`. Saves the received
     rows ``[R, H]``, their weights, the expert weights, and gate and up products ``[R, 2I]`` unless
-    they are computed again: what the operators in turn save.
+    they are computed again: what the operators in turn save. Of frozen expert weights no gradient
+    is computed, and no rows are saved where the products are.
     """
     buffer = (None, None) if packed is None or packed.rows.size(0) == 0 else packed
     output: torch.Tensor = torch.ops.torch_moe_ep.chunked_experts(
@@ -91,13 +93,14 @@ def _chunked_experts_forward_fake(
     keep_gate_up: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     check_one_device(x=x, weights=weights, slot_of_copy=slot_of_copy, gate_up=gate_up, down=down)
-    num_kept = (capacity or torch.library.get_ctx().new_dynamic_size()) if keep_rows else 0
-    num_z = num_kept if keep_gate_up and slots_per_pass <= 0 else 0
+    has_z = keep_gate_up and slots_per_pass <= 0
+    is_kept = keep_rows or has_z
+    num_slots = (capacity or torch.library.get_ctx().new_dynamic_size()) if is_kept else 0
     return (
         x.new_empty(x.shape),
-        x.new_empty((num_kept, x.size(1))),
-        weights.new_empty(num_kept),
-        x.new_empty((num_z, gate_up.size(1))),
+        x.new_empty((num_slots if keep_rows else 0, x.size(1))),
+        weights.new_empty(num_slots),
+        x.new_empty((num_slots if has_z else 0, gate_up.size(1))),
     )
 
 
@@ -120,10 +123,10 @@ def _chunked_experts_backward_fake(
     num_sms: int,
     weight_grad_scale: float,
     slots_per_pass: int,
+    needs_weight_grads: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         grad_output.new_empty(grad_output.shape),
         row_weights.new_empty((grad_output.size(0), top_k)),
-        gate_up.new_empty(gate_up.shape),
-        down.new_empty(down.shape),
+        *gradients_of_weights(gate_up, down, needs_weight_grads),
     )

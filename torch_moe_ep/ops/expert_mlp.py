@@ -59,6 +59,7 @@ def expert_mlp(
     `row_weights`, `gate_up` and `down`; an expert without rows has zero gradients. Saves `rows`
     (or `x`), `row_weights`, the weights, and z ``[R, 2I]`` unless it is recomputed or computed in
     passes.
+    Of frozen weights no gradient is computed, and neither `rows` nor `x` saved where z is.
     Under autocast rows and weights are cast as for a matmul.
     """
     if x is not None and plan.group_name:
@@ -124,13 +125,22 @@ def _expert_mlp_backward_fake(
     down: torch.Tensor,
     weight_grad_scale: float,
     slots_per_pass: int,
+    needs_weight_grads: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         rows.new_empty(rows.shape),
         row_weights.new_empty(row_weights.shape),
-        gate_up.new_empty(gate_up.shape),
-        down.new_empty(down.shape),
+        *gradients_of_weights(gate_up, down, needs_weight_grads),
     )
+
+
+def gradients_of_weights(
+    gate_up: torch.Tensor, down: torch.Tensor, are_needed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fakes of both gradients, ``[0]`` where nobody needs them."""
+    if not are_needed:
+        return gate_up.new_empty(0), down.new_empty(0)
+    return gate_up.new_empty(gate_up.shape), down.new_empty(down.shape)
 
 
 @torch.library.register_fake("torch_moe_ep::expert_mlp_forward_chunk")
@@ -154,8 +164,9 @@ def _expert_mlp_backward_chunks_fake(
     slots_per_pass: int,
     grad_rows: torch.Tensor,
     grad_row_weights: torch.Tensor,
+    needs_weight_grads: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return gate_up.new_empty(gate_up.shape), down.new_empty(down.shape)
+    return gradients_of_weights(gate_up, down, needs_weight_grads)
 
 
 @torch.library.register_fake("torch_moe_ep::expert_mlp_weight_grads")
