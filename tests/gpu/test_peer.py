@@ -163,6 +163,36 @@ def test_peer_layer_is_bit_equal_to_collective_forward_and_every_gradient(gpu_ra
             assert different == [], config
 
 
+def input_gradients_of(config: dict[str, object], is_frozen: bool) -> dict[str, torch.Tensor]:
+    """Output and the gradients of tokens and router weights, of lone experts with or without own."""
+    rank = share_the_gpu()
+    model = LoneExperts(8, hidden=128, width=256).cuda().bfloat16()
+    mesh = init_device_mesh("cuda", dist.get_world_size())
+    experts = apply_expert_parallel(model, mesh, MoEConfig(**config))
+    experts.requires_grad_(not is_frozen)
+    tokens = 170 + 30 * rank
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(tokens, 128, generator=generator).cuda().bfloat16().requires_grad_()
+    ids, weights = random_routing(tokens, 2, 8, seed=rank)
+    weights = weights.cuda().requires_grad_()
+    y = experts(x, ids.cuda(), weights)
+    y.backward(torch.randn(tokens, 128, generator=generator).cuda().bfloat16())
+    assert [name for name, p in experts.named_parameters() if (p.grad is None) != is_frozen] == []
+    assert x.grad is not None and weights.grad is not None
+    return {"y": y.detach().cpu(), "x": x.grad.cpu(), "w": weights.grad.cpu()}
+
+
+@pytest.mark.parametrize("more", [{}, {"recompute": "gate_up"}, {"max_slots": 128}, AGAIN], ids=str)
+@pytest.mark.parametrize("transport", ["collective", "peer"])
+def test_frozen_experts_pass_on_the_gradients_of_trained_ones(gpu_ranks, transport, more):
+    """They keep no rows for backward, unless products are computed again from them."""
+    config = {"transport": transport, **more}
+    trained = gpu_ranks(2).run(input_gradients_of, config, False, timeout_s=TIMEOUT_S)
+    frozen = gpu_ranks(2).run(input_gradients_of, config, True, timeout_s=TIMEOUT_S)
+    for found, expected in zip(frozen, trained, strict=True):
+        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
 def train(config: dict[str, object]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of three steps under FSDP2 with clipping, and the gradients of the first."""
     rank = share_the_gpu()
