@@ -32,6 +32,8 @@ pytestmark = requires_gpu
 
 TIMEOUT_S = 120.0
 LAYER = Layer(hidden=128, width=256, device="cuda", tokens_apart=230)
+# Ranks with a GPU each would take the peer transport: test_peer_chunks.py.
+COLLECTIVE = {"transport": "collective"}
 
 
 def movement_in_chunks(num_chunks: int, top_k: int, has_invalid: bool) -> list[str]:
@@ -86,7 +88,7 @@ def test_ranks_movement_in_chunks_is_that_of_one_bit_for_bit(
 def results(layer: Layer, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Everything that two equal steps give."""
     share_the_gpu()
-    return results_of_two_steps(layer, dist.get_world_size(), config)
+    return results_of_two_steps(layer, dist.get_world_size(), {**config, **COLLECTIVE})
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def host_waits_of_a_layer() -> tuple[int, int]:
     """Waits of the host for the GPU in one layer's forward and backward, as the profiler saw."""
     share_the_gpu()
     layer = replace(LAYER, dtype=torch.bfloat16)
-    model = layer.experts(dist.get_world_size(), {"num_chunks": 3})
+    model = layer.experts(dist.get_world_size(), {"num_chunks": 3, **COLLECTIVE})
     waits = []
     for _ in range(2):  # the first run builds communicators and gathers weights
         x, ids, weights, upstream = layer.inputs()
@@ -182,7 +184,7 @@ def backward_launches() -> list[str]:
     """What this rank launches in the backward of a layer in two chunks."""
     rank = share_the_gpu()
     layer = Layer(hidden=128, width=256, device="cuda", tokens_apart=100)
-    model = layer.experts(2, {"num_chunks": 2})
+    model = layer.experts(2, {"num_chunks": 2, **COLLECTIVE})
     found: list[str] = []
     for _ in range(2):
         generator = torch.Generator().manual_seed(rank)
@@ -210,6 +212,7 @@ def train(config: dict[str, Any], how: str) -> dict[str, torch.Tensor]:
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", 2)
     model = tiny_mixtral(router_scale=20.0).cuda()
+    config = {**config, **COLLECTIVE}
     model = wrap(apply_expert_parallel(model, mesh, MoEConfig(**config)), "fsdp2", mesh)
     if how != "plain":
         options = {"use_reentrant": how == "reentrant"}

@@ -164,7 +164,7 @@ def test_peer_layer_is_bit_equal_to_collective_forward_and_every_gradient(gpu_ra
 
 
 def input_gradients_of(config: dict[str, object], is_frozen: bool) -> dict[str, torch.Tensor]:
-    """Output and the gradients of tokens and router weights, of lone experts with or without own."""
+    """Output, and gradients of tokens and router weights, of trained or frozen experts."""
     rank = share_the_gpu()
     model = LoneExperts(8, hidden=128, width=256).cuda().bfloat16()
     mesh = init_device_mesh("cuda", dist.get_world_size())
