@@ -33,7 +33,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from benchmarks import common
 from benchmarks.step import OURS, PEER, training_step
-from benchmarks.transport import NOT_A_SPEED, enter_gpu
+from benchmarks.transport import NOT_A_SPEED, PEER_KERNELS, enter_gpu
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
 from torch_moe_ep.testing import RankPool
 
@@ -211,9 +211,12 @@ def exposed_communication(step: Callable[[], object]) -> float:
     return covered([*communication, *computation]) / whole - covered(computation) / whole
 
 
+COMMUNICATION = ("nccl", *PEER_KERNELS, "meeting_kernel", "gather_numbers_kernel")
+
+
 def is_communication(kernel: str) -> bool:
-    """Whether a kernel moves rows or parameters between ranks, by its name."""
-    return "nccl" in kernel.lower() or "peer" in kernel
+    """Whether a kernel moves rows or parameters between ranks, or waits for them, by its name."""
+    return any(name in kernel for name in COMMUNICATION)
 
 
 def covered(spans: Iterable[tuple[int, int]]) -> int:

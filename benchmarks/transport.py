@@ -28,7 +28,8 @@ from torch_moe_ep.gather_dispatch import gather_tokens, scatter_sums
 from torch_moe_ep.testing import RankFailure, RankPool, share_the_gpu
 
 PEER_SMS = (8, 16, 32)
-MOVING_KERNELS = ("nccl", "allToAllV", "push_rows", "pull_")
+PEER_KERNELS = ("push_rows", "pull_rows", "pull_elements")
+MOVING_KERNELS = ("nccl", "allToAllV", *PEER_KERNELS)
 NOT_A_SPEED = "not a speed: ranks share a device"
 
 

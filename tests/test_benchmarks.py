@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -218,7 +219,21 @@ def test_exposed_communication_is_what_computation_does_not_cover() -> None:
     assert train.covered([(0, 4), (2, 6), (8, 9)]) == 7
     assert train.covered([]) == 0
     assert train.is_communication("ncclDevKernel_SendRecv(...)")
-    assert not train.is_communication("pack_rows_kernel")
+    assert not train.is_communication("void (anonymous namespace)::pack_rows<uint4>(...)")
+
+
+def test_kernels_that_count_as_communication_are_kernels_by_their_names() -> None:
+    """A kernel over peers was named otherwise, and taken for computation."""
+    csrc = Path(__file__).parent.parent / "csrc"
+    sources = "".join(path.read_text() for path in csrc.rglob("*.cu"))
+    kernels = set(
+        re.findall(r"__global__ void(?: __launch_bounds__\([^()]*\))?\s+(\w+)\(", sources)
+    )
+    assert {"pack_rows", "sum_rows"} <= kernels
+    own = [name for name in train.COMMUNICATION if name != "nccl"]
+    assert [name for name in own if name not in kernels] == []
+    called = "void torch_moe_ep::(anonymous namespace)::{}<uint4>(torch_moe_ep::Rows, long)"
+    assert [name for name in own if not train.is_communication(called.format(name))] == []
 
 
 def test_multi_gpu_script_says_what_is_missing() -> None:
