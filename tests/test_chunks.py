@@ -1,6 +1,7 @@
 """num_chunks: tokens travel under each other's GEMMs, and nothing else changes."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from parallel_cases import (
     reference_of,
 )
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 from torch_moe_ep import MoEConfig, ops
 from torch_moe_ep.memory import checkpoint_contexts
@@ -228,13 +230,18 @@ def test_frozen_experts_keep_no_rows_where_the_products_are_kept(ranks):
     assert shares == [pytest.approx((products + weight) / (row + products + weight))] * 2
 
 
-def gradients_of_frozen_experts(config: dict) -> list[str]:
-    """What differs in any bit from trained experts, and operators that give weight gradients."""
+def gradients_of_frozen_experts(config: dict, keep: str) -> list[str]:
+    """What differs in any bit from trained experts, and operators that give weight gradients.
+
+    keep: of checkpoint_contexts; "": no checkpointing.
+    """
     layer, runs = Layer(), []
     for is_frozen in (False, True):
         model = layer.experts(2, config).requires_grad_(not is_frozen)
         x, ids, weights, upstream = layer.inputs()
-        y = model(x, ids, weights)
+        contexts = {"context_fn": checkpoint_contexts(keep)} if keep else {}
+        run = partial(checkpoint, model, use_reentrant=False, **contexts) if keep else model
+        y = run(x, ids, weights)
         with torch.profiler.profile() as profile:
             y.backward(upstream)
         runs.append({"y": y, "x": x.grad, "weights": weights.grad})
@@ -246,9 +253,10 @@ def gradients_of_frozen_experts(config: dict) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("keep", ["", "routing", "rows"])
 @pytest.mark.parametrize("config", [{}, {"recompute": "gate_up"}, {"max_slots": 5}], ids=str)
-def test_frozen_experts_in_chunks_have_no_weight_gradients(ranks, config):
-    found = ranks(2).run(gradients_of_frozen_experts, {**config, "num_chunks": 2})
+def test_frozen_experts_in_chunks_have_no_weight_gradients(ranks, config, keep):
+    found = ranks(2).run(gradients_of_frozen_experts, {**config, "num_chunks": 2}, keep)
     assert found == [[]] * 2
 
 

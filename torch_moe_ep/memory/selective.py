@@ -96,14 +96,15 @@ def _call(func: Any, args: Any, kwargs: Any, keeps_rows: bool) -> Any:
     """Call an operator as its outputs are to be kept.
 
     A plan without x, so that it holds no rows to send; peer_dispatch with rows of their own.
-    Chunked experts without gate and up products, which backward then computes again, as it does
-    with what `dispatch` kept.
+    Chunked experts with rows in place of gate and up products, which backward then computes again
+    from them, as it does with what `dispatch` kept.
     """
     for name, num_arguments in NUM_ARGUMENTS.items():
         if func is getattr(torch.ops.torch_moe_ep, name).default:
             args = args[:num_arguments]
     if keeps_rows and func is torch.ops.torch_moe_ep.chunked_experts_forward.default:
-        args = (*args[:-1], False)
+        *args, keep_rows, keep_gate_up = args
+        args = (*args, keep_rows or keep_gate_up, False)
     return func(*args, **(kwargs or {}))
 
 
