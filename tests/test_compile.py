@@ -60,6 +60,25 @@ def test_trap_20_layer_is_one_graph_for_twenty_routings():
     assert torch.equal(model.experts.tokens_per_expert, expected)
 
 
+def test_compiled_layer_of_frozen_experts_passes_on_the_gradients_of_trained_ones():
+    results = []
+    for is_frozen in (False, True):
+        model = LoneExperts()
+        make_local_expert_parallel(model.experts)
+        model.requires_grad_(not is_frozen)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(12, 16, generator=generator, requires_grad=True)
+        ids, weights = random_routing(12, 2, 8)
+        weights.requires_grad_()
+        compiled(x, ids, weights).square().sum().backward()
+        results.append((x.grad, weights.grad))
+        assert all((param.grad is None) == is_frozen for param in model.parameters())
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
 def compiled_gradients(run: Run, what: str):
     """Gradients and how many graphs were compiled after the first two of six steps."""
     torch._dynamo.reset()
