@@ -29,13 +29,16 @@ def run_in_chunks(
     config = experts.moe_config
     x = experts.tokens_of(hidden_states)
     weights = top_k_weights.float()
+    # Before the plan, whose counts the host waits for: the GPU idles from then until rows leave.
+    gate_up = experts.local_weight("gate_up_proj", x.dtype).to(x.dtype)
+    down = experts.local_weight("down_proj", x.dtype).to(x.dtype)
     plan, packed = plan_of_chunks(experts, x, weights, top_k_index)
     output = ops.chunked_experts(
         x,
         weights,
         plan,
-        experts.local_weight("gate_up_proj", x.dtype).to(x.dtype),
-        experts.local_weight("down_proj", x.dtype).to(x.dtype),
+        gate_up,
+        down,
         packed=packed,
         weight_grad_scale=experts.weight_grad_scale,
         slots_per_pass=config.max_slots,
