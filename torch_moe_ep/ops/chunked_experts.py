@@ -1,5 +1,7 @@
 """chunked_experts: dispatch, expert_mlp and combine, a chunk travelling under another's GEMMs."""
 
+from typing import cast
+
 import torch
 
 from torch_moe_ep.ops.expert_mlp import gradients_of_weights
@@ -93,15 +95,23 @@ def _chunked_experts_forward_fake(
     keep_gate_up: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     check_one_device(x=x, weights=weights, slot_of_copy=slot_of_copy, gate_up=gate_up, down=down)
-    has_z = keep_gate_up and slots_per_pass <= 0
-    is_kept = keep_rows or has_z
-    num_slots = (capacity or torch.library.get_ctx().new_dynamic_size()) if is_kept else 0
+    num_rows = _unknown_or(capacity) if keep_rows else 0
+    num_z = 0
+    if keep_gate_up and slots_per_pass <= 0:
+        num_z = num_rows if keep_rows else _unknown_or(capacity)
+    elif keep_gate_up and slots_per_pass >= capacity:
+        num_z = _unknown_or(capacity)  # without a capacity: none where R takes several passes
     return (
         x.new_empty(x.shape),
-        x.new_empty((num_slots if keep_rows else 0, x.size(1))),
-        weights.new_empty(num_slots),
-        x.new_empty((num_slots if has_z else 0, gate_up.size(1))),
+        x.new_empty((num_rows, x.size(1))),
+        weights.new_empty(num_rows if keep_rows else num_z),
+        x.new_empty((num_z, gate_up.size(1))),
     )
+
+
+def _unknown_or(capacity: int) -> int:
+    """R: the capacity, or a size that is known at run time alone."""
+    return capacity or cast("int", torch.library.get_ctx().new_dynamic_size())
 
 
 @torch.library.register_fake("torch_moe_ep::chunked_experts_backward")
