@@ -19,7 +19,7 @@ from torch_moe_ep.parallel.agreement import leave_note
 from torch_moe_ep.parallel.flags import raise_if_flagged
 from torch_moe_ep.parallel.nodes import RANKS_PER_NODE
 from torch_moe_ep.peer_dispatch import bounded_capacity, rows_dispatched_again
-from torch_moe_ep.testing import LoneExperts
+from torch_moe_ep.testing import LoneExperts, make_local_expert_parallel, random_routing
 
 
 def note(host: str, gpu: str, reach: str, *, may_share: bool = False) -> peers.Note:
@@ -173,6 +173,27 @@ def test_flags_of_any_rank_raise_with_the_rows_needed():
         raise_if_flagged([], [[0.0, 0.0], [1.0, 0.0]])
     with pytest.raises(ValueError, match=r"needed 640 rows .* of ranks \[0, 2\]"):
         raise_if_flagged([], [[0.0, 640.0], [0.0, 0.0], [0.0, 512.0]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "way"),
+    [
+        ({}, "run_in_chunks"),
+        ({"received_rows": "keep"}, "run_in_chunks"),
+        ({"num_chunks": 2}, "run_in_chunks"),
+        ({"received_rows": "dispatch_again"}, "run_over_peers"),
+    ],
+    ids=str,
+)
+def test_peers_read_and_write_the_buffers_in_one_operation_unless_rows_travel_again(fields, way):
+    """With the operators one by one rows are copied out of the buffer and results into it."""
+    experts = make_local_expert_parallel(LoneExperts().experts, MoEConfig(**fields))
+    experts.uses_peers = True
+    ids, weights = random_routing(4, 2, 8)
+    with mock.patch(f"torch_moe_ep.layer.{way}", return_value=torch.ones(4, 16)) as run:
+        experts.ep_group_name = "of peers"
+        y = experts(torch.zeros(4, 16), ids, weights)
+    assert run.call_count == 1 and torch.equal(y, torch.ones(4, 16))
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
