@@ -14,11 +14,12 @@ from node_cases import lines_logged
 from torch.utils.checkpoint import checkpoint
 
 from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
+from torch_moe_ep.budget import bounded_capacity
 from torch_moe_ep.parallel import peers
 from torch_moe_ep.parallel.agreement import leave_note
 from torch_moe_ep.parallel.flags import raise_if_flagged
 from torch_moe_ep.parallel.nodes import RANKS_PER_NODE
-from torch_moe_ep.peer_dispatch import bounded_capacity, rows_dispatched_again
+from torch_moe_ep.peer_dispatch import rows_dispatched_again
 from torch_moe_ep.testing import LoneExperts, make_local_expert_parallel, random_routing
 
 

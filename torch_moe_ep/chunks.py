@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torch_moe_ep import ops
-from torch_moe_ep.peer_dispatch import capacity_of
+from torch_moe_ep.budget import capacity_of
 
 if TYPE_CHECKING:
     from torch_moe_ep.layer import ExpertParallelExperts
@@ -23,8 +23,9 @@ def run_in_chunks(
 ) -> torch.Tensor:
     """The layer's forward in `num_chunks` chunks; arguments as the layer's.
 
-    Collective over the EP group, one host sync on CUDA (see `ops.plan_chunks`; over peers as
-    `run_over_peers`).
+    Collective over the EP group, one host sync on CUDA (see `ops.plan_chunks`). Over peers
+    budget="exact" waits for a counter in the host's memory, "bounded" for nothing after the first
+    training forward (see `budget`).
     """
     config = experts.moe_config
     x = experts.tokens_of(hidden_states)

@@ -1,19 +1,17 @@
-"""The layer between GPUs that map each other's memory (transport="peer").
+"""The layer over peers where rows are dispatched again in backward (received_rows).
 
 All layers share one buffer a rank, so what backward needs of the received rows is copied out of it
-(`chunks`) or, with received_rows="dispatch_again", dispatched again (here).
+(`chunks`) or, here, dispatched again.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from torch_moe_ep import ops
-from torch_moe_ep.config import MoEConfig
-from torch_moe_ep.ops.plan import CUDA_ROW_ALIGNMENT
+from torch_moe_ep.budget import capacity_of
 
 if TYPE_CHECKING:
     from torch_moe_ep.layer import ExpertParallelExperts
@@ -28,7 +26,7 @@ def run_over_peers(
     """The layer's forward without a copy of the received rows; arguments as the layer's.
 
     Collective over the EP group. Host syncs: budget="exact" waits for a counter in the host's
-    memory, budget="bounded" for nothing after the first training forward (see `capacity_of`).
+    memory, budget="bounded" for nothing after the first training forward (see `budget`).
     """
     config = experts.moe_config
     x = experts.tokens_of(hidden_states)
@@ -94,43 +92,3 @@ def _hooks_outside() -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], tor
     """The hooks for saved tensors in force, which torch would not call inside of others."""
     found = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return found if found is not None else (lambda tensor: tensor, lambda kept: kept)
-
-
-def capacity_of(experts: "ExpertParallelExperts", num_tokens: int, top_k: int) -> int:
-    """Rows that this call may bring to a rank; 0: as many as there are.
-
-    budget="bounded" fixes the number at the first training forward, from the largest T of the
-    group, which costs one all-gather and a host sync. Evaluation has no step that would notice
-    rows beyond it, so it runs as budget="exact", but inside the capture of a CUDA graph.
-    """
-    config = experts.moe_config
-    if config.budget == "exact":
-        return 0
-    if not experts.training and not torch.cuda.is_current_stream_capturing():
-        return 0
-    if experts.capacity == 0:
-        own = torch.tensor([num_tokens], device=experts.invalid_flag.device)
-        tokens = torch.ops.torch_moe_ep.all_gather(own, experts.ep_group_name).flatten().tolist()
-        num_local = experts.num_global_experts // len(tokens)
-        experts.capacity = bounded_capacity(config, max(tokens) * top_k, len(tokens), num_local)
-    return experts.capacity
-
-
-def bounded_capacity(config: MoEConfig, num_copies: int, num_ranks: int, num_local: int) -> int:
-    """Rows of a rank with budget="bounded".
-
-    Args:
-        config: gives the factor, or the rows themselves (`max_received_rows`).
-        num_copies: T K of the rank that has most.
-        num_ranks: P; no rank can receive more than P T K copies.
-        num_local: L; each expert's segment may end in 127 rows of padding, in each chunk.
-
-    Example: T K = 2000, P = 2, L = 4, factor 1.5: 3000 copies and at most 508 rows of padding are
-    3456 rows, in whole tiles of 128.
-    """
-    tile = CUDA_ROW_ALIGNMENT
-    if config.max_received_rows > 0:
-        return max(config.max_received_rows // tile, 1) * tile
-    copies = math.ceil(min(config.budget_factor, num_ranks) * num_copies)
-    num_segments = num_local * config.num_chunks
-    return max((copies + num_segments * (tile - 1)) // tile, 1) * tile
