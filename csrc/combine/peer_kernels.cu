@@ -89,8 +89,7 @@ __global__ void __launch_bounds__(kMaxPullThreads, 1)
 constexpr int kElementThreads = 768;
 
 __device__ inline const char* row_of_slot(const PulledRows& p, int64_t slot, int64_t row_bytes) {
-  const char* buffer = static_cast<const char*>(p.buffers[slot >> kPeerOwnerShift]);
-  return buffer + p.rows_offset + (slot & kPeerSlotMask) * row_bytes;
+  return buffer_of_slot(p, slot) + p.rows_offset + (slot & kPeerSlotMask) * row_bytes;
 }
 
 template <typename T, bool kIsCopied>
@@ -116,13 +115,8 @@ __global__ void __launch_bounds__(kElementThreads, 1) pull_elements(const Pulled
       out[column] = kIsCopied ? element : from_float<T>(sum);
     }
     if (p.weights == nullptr || lane >= num_copies) continue;
-    float weight = 0.0f;
-    if (slots[lane] >= 0) {
-      const char* buffer = static_cast<const char*>(p.buffers[slots[lane] >> kPeerOwnerShift]);
-      const auto* weights = reinterpret_cast<const float*>(buffer + p.weights_offset);
-      weight = weights[slots[lane] & kPeerSlotMask];
-    }
-    p.weights[output * num_copies + lane] = weight;
+    p.weights[output * num_copies + lane] =
+        slots[lane] >= 0 ? weight_of_slot(p, slots[lane]) : 0.0f;
   }
 }
 

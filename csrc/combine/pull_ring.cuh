@@ -60,6 +60,16 @@ __device__ inline int64_t word_of_access(int part, int i, int lane) {
   return static_cast<int64_t>(part) * kPartWords + i * kWarpSize + lane;
 }
 
+// Of the slot's owner, mapped here.
+__device__ inline const char* buffer_of_slot(const PulledRows& p, int64_t slot) {
+  return static_cast<const char*>(p.buffers[slot >> kPeerOwnerShift]);
+}
+
+__device__ inline float weight_of_slot(const PulledRows& p, int64_t slot) {
+  const char* weights = buffer_of_slot(p, slot) + p.weights_offset;
+  return reinterpret_cast<const float*>(weights)[slot & kPeerSlotMask];
+}
+
 // Fetches copies in order, each into the next stage of the ring; a copy that is nowhere, and words
 // behind a row's end, as zeros. Writes the weights of copies as it passes their rows.
 class PullFetcher {
@@ -97,15 +107,11 @@ class PullFetcher {
     return pulled_.slot_of_copy[turn / turns_.per_row * num_copies + lane_];
   }
 
-  __device__ const char* buffer_of(int64_t slot) const {
-    return static_cast<const char*>(pulled_.buffers[slot >> kPeerOwnerShift]);
-  }
-
   __device__ void fetch_copy() {
     const int64_t slot = __shfl_sync(kFullMask, slot_, place_.copy);
     const uint4* row = static_cast<const uint4*>(pulled_.out);  // of an absent copy nothing is read
     if (slot >= 0) {
-      row = reinterpret_cast<const uint4*>(buffer_of(slot) + pulled_.rows_offset) +
+      row = reinterpret_cast<const uint4*>(buffer_of_slot(pulled_, slot) + pulled_.rows_offset) +
             (slot & kPeerSlotMask) * row_words_;
     }
     const auto stride = static_cast<uint32_t>(blockDim.x) * kAccessBytes;
@@ -135,9 +141,7 @@ class PullFetcher {
 
   // Of the turn that begins; nobody waits for it before the turn's end.
   __device__ void fetch_weight() {
-    if (slot_ < 0 || !has_weight()) return;
-    const char* weights = buffer_of(slot_) + pulled_.weights_offset;
-    weight_ = reinterpret_cast<const float*>(weights)[slot_ & kPeerSlotMask];
+    if (slot_ >= 0 && has_weight()) weight_ = weight_of_slot(pulled_, slot_);
   }
 
   __device__ void write_weight() {
