@@ -9,8 +9,6 @@
 
 namespace torch_moe_ep::sm90 {
 
-inline constexpr int kGroupBarrier = 1;  // named barriers 1, 2: one consumer group each
-
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);

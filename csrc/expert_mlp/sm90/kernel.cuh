@@ -63,7 +63,7 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
     }
     order.wait();
     if (!is_stored) {
-      discard_tile<Config>(shared, ring, steps, thread);
+      discard_tile<Config>(shared, ring, steps, group, thread);
       order.pass_on();
       tiles.release();
       continue;

@@ -16,6 +16,7 @@ inline constexpr int kChunk = 64;          // side of an epilogue chunk, width o
 inline constexpr int kGroupThreads = 128;  // a warp group
 inline constexpr int kConsumerGroups = 2;
 inline constexpr int kThreads = (1 + kConsumerGroups) * kGroupThreads;
+inline constexpr int kGroupBarrier = 1;  // named barriers 1, 2: where a consumer group meets
 inline constexpr int kMaxStages = 8;
 inline constexpr int kTileSlots = 2;  // tiles that a cluster may have been handed and not finished
 inline constexpr int kMaxSharedBytes = 232448;  // what a CTA may have on sm_90

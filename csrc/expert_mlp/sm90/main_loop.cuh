@@ -76,14 +76,18 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[Config::kRowBlocks][C
   if (steps > 0) release_stage<Config>(shared.empty(previous), thread);
 }
 
-// A part that nobody stores (past its segment or past the matrix): keeps the stages turning.
+// A part that nobody stores (past its segment or past the matrix): keeps the stages turning. The
+// group meets before it frees a stage, as a wgmma makes it meet elsewhere: a warp that came late
+// would find the stage filled again and wait for the round after.
 template <class Config>
 __device__ __forceinline__ void discard_tile(const SharedLayout<Config>& shared,
                                              Ring<Config::kStages>& ring,
                                              int steps,
+                                             int group,
                                              int thread) {
   for (int step = 0; step < steps; ++step) {
     barrier_wait(shared.full(ring.stage), ring.phase);
+    named_barrier_sync(kGroupBarrier + group, kGroupThreads);
     release_stage<Config>(shared.empty(ring.stage), thread);
     ring.next();
   }
