@@ -5,6 +5,7 @@ Letters: W ranks, P expert-parallel degree, S shard degree of the experts, K exp
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,21 +56,32 @@ class Run:
         return float(self.world) if self.config.get("gradient") == "sum" else 1.0
 
 
-def build(run: Run, **apply_options: Any) -> nn.Module:
-    """The patched and wrapped model of a run. Collective."""
+def build(run: Run, frozen: Sequence[str] = (), **apply_options: Any) -> nn.Module:
+    """The patched and wrapped model of a run. Collective.
+
+    frozen: parts of the names of parameters that are not trained.
+    """
     mesh = init_device_mesh("cpu", run.ep, run.shard)
     model = tiny_mixtral(**run.model)
+    for name, param in model.named_parameters():
+        param.requires_grad_(not any(part in name for part in frozen))
     apply_expert_parallel(model, mesh, MoEConfig(**run.config), **apply_options)
     return wrap(model, run.wrap, mesh, **run.options)
 
 
-def backward(run: Run, model: nn.Module, step: int = 0) -> float:
-    """Forward and backward of this rank's batch, dense gradients averaged; returns its loss."""
-    loss = model(**batch_of(dist.get_rank(), step=step)).loss
-    loss.backward()
+def backward(run: Run, model: nn.Module, step: int = 0, num_steps: int = 1) -> float:
+    """Forward and backward of this rank's batches, dense gradients averaged; returns the loss.
+
+    num_steps: batches whose gradients are added, from that of `step` on; losses likewise.
+    """
+    total = 0.0
+    for number in range(step, step + num_steps):
+        loss = model(**batch_of(dist.get_rank(), step=number)).loss
+        loss.backward()
+        total += loss.item()
     if run.wrap == "none":
         torch_moe_ep.average_gradients(model)
-    return loss.item()
+    return total
 
 
 def gradients_on_rank(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
@@ -84,9 +96,9 @@ def freeze(overrides: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(overrides.items()))
 
 
-def reference_of(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss and gradients of the reference run; computed once per model and W."""
-    loss, grads = _reference(freeze(run.model), run.world)
+def reference_of(run: Run, step: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss and gradients of the reference run; computed once per model, W and step."""
+    loss, grads = _reference(freeze(run.model), run.world, step)
     return loss, {
         name: grad * run.scale if ".experts." in name else grad for name, grad in grads.items()
     }
@@ -94,9 +106,9 @@ def reference_of(run: Run) -> tuple[float, dict[str, torch.Tensor]]:
 
 @functools.cache
 def _reference(
-    overrides: tuple[tuple[str, Any], ...], world: int
+    overrides: tuple[tuple[str, Any], ...], world: int, step: int
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    batches = [batch_of(rank) for rank in range(world)]
+    batches = [batch_of(rank, step=step) for rank in range(world)]
     return reference_gradients(lambda: tiny_mixtral(**dict(overrides)), batches)
 
 

@@ -55,12 +55,6 @@ def trained(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def fill_frozen(model: nn.Module) -> None:
-    for param in model.parameters():
-        if not param.requires_grad:
-            param.grad = torch.zeros_like(param)
-
-
 def patched(ep: int, kind: str, targets=TARGETS, shard: int = 0) -> nn.Module:
     mesh = init_device_mesh("cpu", ep, shard)
     return wrap(apply_expert_parallel(lora_mixtral(targets), mesh), kind, mesh)
@@ -91,7 +85,6 @@ def check_gradients(ep: int, kind: str, shard: int) -> None:
     assert abs(mean.item() / dist.get_world_size() - total) < 1e-5 * abs(total)
     ours = clip_grad_norm_(model, 1e9)
     assert abs(ours.item() - norm.item()) < 1e-5 * norm.item()
-    fill_frozen(model)
     found = trained(full_gradients(model))
     assert len(found) == (16 if kind == "fsdp1" else 20)  # q, v, router, gate_up, down; A and B
     assert_close(found, grads, TOLERANCE, f"gradients at P = {ep} under {kind}")

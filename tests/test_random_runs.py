@@ -5,6 +5,7 @@ A run's number draws it, so that a failure comes again. Gradients are those of o
 
 import contextlib
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,12 +13,45 @@ import torch
 from node_cases import ranks_per_node
 from parallel_cases import AUX, TIED, Run, backward, build, reference_of
 
+from torch_moe_ep.memory import checkpoint_contexts
 from torch_moe_ep.testing import assert_close
 from torch_moe_ep.testing.parallel import from_rank0, full_gradients
 
 TOLERANCE = 3e-5  # single tests have 1e-5; a sharp router on top of other options is worse off
-CHECKPOINTING = {"none": None, "hf": False, "hf_reentrant": True}
 NUM_RUNS, NUM_FULL_RUNS = 16, 200
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "hf": {"use_reentrant": False},
+    "hf_reentrant": {"use_reentrant": True},
+    "rows": {"use_reentrant": False, "context_fn": checkpoint_contexts("rows")},
+    "routing": {"use_reentrant": False, "context_fn": checkpoint_contexts("routing")},
+}
+ATTENTION, DENSE = ("self_attn",), ("self_attn", "embed", "norm", "lm_head")
+FROZEN = {
+    "experts": (".experts.",),
+    "experts of one layer": ("layers.1.mlp.experts.",),
+    "router": (".gate.",),
+    "attention": ATTENTION,
+    "one layer": ("layers.0.",),
+    "dense": DENSE,
+    "all but the router": (*DENSE, ".experts."),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A run, its activation checkpointing, which parameters are frozen, batches a gradient."""
+
+    run: Run
+    checkpointing: str
+    frozen: tuple[str, ...]
+    num_steps: int
+
+    def __str__(self) -> str:
+        """All of it, for a failure."""
+        return (
+            f"{self.run}, {self.run.model}, {self.run.config}, checkpointing "
+            f"{self.checkpointing}, frozen {self.frozen}, {self.num_steps} batches"
+        )
 
 
 def draw_model(rng: random.Random, ep: int) -> dict[str, Any]:
@@ -42,6 +76,8 @@ def draw_config(rng: random.Random, ep: int, has_aux: bool) -> dict[str, Any]:
         # Hugging Face's auxiliary loss of tokens that were mixed is another one.
         "global_token_shuffle": not has_aux and rng.random() < 0.3,
     }
+    if rng.random() < 0.2:
+        drawn["max_received_rows"] = 20_000  # never reached
     travel = rng.choice(["plain", "chunks", "all_gather", "nodes" if ep == 4 else "plain"])
     if travel == "chunks":
         drawn["num_chunks"] = rng.choice([2, 3, 40])
@@ -49,11 +85,12 @@ def draw_config(rng: random.Random, ep: int, has_aux: bool) -> dict[str, Any]:
         drawn["dispatcher"] = "all_gather"
     elif travel == "nodes":
         drawn["transport"] = "hierarchical"
+    if travel != "chunks" and rng.random() < 0.25:
+        drawn["received_rows"] = "dispatch_again"
     return drawn
 
 
-def draw(number: int) -> tuple[Run, str]:
-    """A run and its activation checkpointing."""
+def draw(number: int) -> Drawn:
     rng = random.Random(number)
     world = rng.choice([1, 2, 3, 4, 4])
     ep = rng.choice([degree for degree in (1, 2, 3, 4) if world % degree == 0])
@@ -67,22 +104,40 @@ def draw(number: int) -> tuple[Run, str]:
     has_aux = "output_router_logits" in model
     config = draw_config(rng, ep, has_aux)
     # Reentrant checkpointing takes the auxiliary loss's gradient from Hugging Face's router.
-    checkpointing = rng.choice(["none", "none", "hf"] + ["hf_reentrant"] * (not has_aux))
-    return Run(wrap, world, ep, shard, model, config), checkpointing
+    reentrant = ["hf_reentrant"] * (not has_aux)
+    checkpointing = rng.choice(["none", "none", "none", "hf", "rows", "routing", *reentrant])
+    frozen = FROZEN[rng.choice(list(FROZEN))] if rng.random() < 0.4 else ()
+    if wrap.startswith("fsdp1") and "tie_word_embeddings" in model and "embed" in frozen:
+        frozen = ()  # torch's own FSDP1 refuses tied weights in a root unit that is frozen
+    run = Run(wrap, world, ep, shard, model, config)
+    return Drawn(run, checkpointing, frozen, num_steps=rng.choice([1, 1, 2]))
 
 
-def gradients_of(run: Run, checkpointing: str) -> tuple[float, dict[str, torch.Tensor]]:
-    has_nodes = run.config.get("transport") == "hierarchical"
+def gradients_of(drawn: Drawn) -> tuple[float, dict[str, torch.Tensor]]:
+    has_nodes = drawn.run.config.get("transport") == "hierarchical"
     with ranks_per_node(2) if has_nodes else contextlib.nullcontext():
-        model = build(run)
-    if checkpointing != "none":
+        model = build(drawn.run, drawn.frozen)
+    if drawn.checkpointing != "none":
         inner = model
         while not hasattr(inner, "gradient_checkpointing_enable"):
             inner = inner.module
-        inner.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[checkpointing]})
+        inner.gradient_checkpointing_enable(CHECKPOINTING[drawn.checkpointing])
+        if drawn.checkpointing == "hf_reentrant":
+            inner.enable_input_require_grads()  # of a model whose embedding is frozen
         inner.train()
-    loss = backward(run, model)
+    loss = backward(drawn.run, model, num_steps=drawn.num_steps)
     return loss, from_rank0(full_gradients(model))
+
+
+def expected_of(drawn: Drawn) -> tuple[float, dict[str, torch.Tensor]]:
+    total, gradients = 0.0, {}
+    for step in range(drawn.num_steps):
+        loss, found = reference_of(drawn.run, step)
+        total += loss
+        for name, gradient in found.items():
+            if not any(part in name for part in drawn.frozen):
+                gradients[name] = gradients.get(name, 0.0) + gradient
+    return total, gradients
 
 
 @pytest.mark.parametrize(
@@ -93,10 +148,10 @@ def gradients_of(run: Run, checkpointing: str) -> tuple[float, dict[str, torch.T
     ],
 )
 def test_gradients_of_options_put_together_at_random(ranks, number):
-    run, checkpointing = draw(number)
-    shown = f"run {number}: {run}, {run.model}, {run.config}, checkpointing {checkpointing}"
-    results = ranks(run.world).run(gradients_of, run, checkpointing)
-    loss, gradients = reference_of(run)
-    mean = sum(found for found, _ in results) / run.world
+    drawn = draw(number)
+    shown = f"run {number}: {drawn}"
+    results = ranks(drawn.run.world).run(gradients_of, drawn)
+    loss, gradients = expected_of(drawn)
+    mean = sum(found for found, _ in results) / drawn.run.world
     assert abs(mean - loss) <= TOLERANCE * abs(loss), shown
     assert_close(results[0][1], gradients, TOLERANCE, shown)

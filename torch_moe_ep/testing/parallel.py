@@ -98,14 +98,16 @@ def plain_name(name: str) -> str:
 
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter's full gradient by plain name. Collective over all ranks.
+    """Every trained parameter's full gradient by plain name. Collective over all ranks.
 
-    A parameter without a gradient fails: expert gradients are zeros, never None. FSDP1 needs
-    ``use_orig_params=True``.
+    One without a gradient fails: expert gradients are zeros, never None. Frozen parameters are left
+    out. FSDP1 needs ``use_orig_params=True``.
     """
     found: dict[str, torch.Tensor] = {}
     with _summoned(model, with_grads=True):
         for name, param in model.named_parameters():
+            if not param.requires_grad:
+                continue
             assert param.grad is not None, f"{name} has no gradient on rank {dist.get_rank()}"
             found[plain_name(name)] = _full(param.grad).clone()
     return found
