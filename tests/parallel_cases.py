@@ -5,7 +5,6 @@ Letters: W ranks, P expert-parallel degree, S shard degree of the experts, K exp
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +32,10 @@ TIED = {"tie_word_embeddings": True}
 
 @dataclass(frozen=True)
 class Run:
-    """One parallel run; `shard` 0 means W / P, `model` are overrides of the tiny Mixtral."""
+    """One parallel run; `shard` 0 means W / P, `model` are overrides of the tiny Mixtral.
+
+    A parameter whose name has one of `frozen` as a part is not trained.
+    """
 
     wrap: str
     world: int
@@ -43,6 +45,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     label: str = ""
+    frozen: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A pytest id."""
@@ -55,16 +58,17 @@ class Run:
         """Factor of expert gradients over the reference's."""
         return float(self.world) if self.config.get("gradient") == "sum" else 1.0
 
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this name is trained."""
+        return not any(part in name for part in self.frozen)
 
-def build(run: Run, frozen: Sequence[str] = (), **apply_options: Any) -> nn.Module:
-    """The patched and wrapped model of a run. Collective.
 
-    frozen: parts of the names of parameters that are not trained.
-    """
+def build(run: Run, **apply_options: Any) -> nn.Module:
+    """The patched and wrapped model of a run. Collective."""
     mesh = init_device_mesh("cpu", run.ep, run.shard)
     model = tiny_mixtral(**run.model)
     for name, param in model.named_parameters():
-        param.requires_grad_(not any(part in name for part in frozen))
+        param.requires_grad_(run.trains(name))
     apply_expert_parallel(model, mesh, MoEConfig(**run.config), **apply_options)
     return wrap(model, run.wrap, mesh, **run.options)
 
@@ -96,12 +100,18 @@ def freeze(overrides: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(overrides.items()))
 
 
-def reference_of(run: Run, step: int = 0) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss and gradients of the reference run; computed once per model, W and step."""
-    loss, grads = _reference(freeze(run.model), run.world, step)
-    return loss, {
-        name: grad * run.scale if ".experts." in name else grad for name, grad in grads.items()
+def reference_of(run: Run, num_steps: int = 1) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss and gradients of trained parameters of the reference run, added over the steps.
+
+    Computed once per model, W and step.
+    """
+    steps = [_reference(freeze(run.model), run.world, step) for step in range(num_steps)]
+    grads = {
+        name: sum(grads[name] for _, grads in steps) * (run.scale if ".experts." in name else 1.0)
+        for name in steps[0][1]
+        if run.trains(name)
     }
+    return sum(loss for loss, _ in steps), grads
 
 
 @functools.cache
