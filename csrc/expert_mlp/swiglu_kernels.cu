@@ -1,6 +1,7 @@
 #include "expert_mlp/swiglu_kernels.h"
 
 #include "common/vector.cuh"
+#include "expert_mlp/fast_sigmoid.cuh"
 
 namespace torch_moe_ep {
 namespace {
@@ -16,15 +17,14 @@ struct Swiglu {
   float hidden;  // silu(gate) * up
 };
 
-// fp32 data gets the exact exponential and division; the fast ones (a few units in the last place
-// of fp32) are far below one rounding of the 16-bit types.
+// fp32 data gets the exact exponential and division.
 template <typename T>
 __device__ inline Swiglu swiglu_of(float gate, float up) {
   Swiglu result;
   if constexpr (sizeof(T) == sizeof(float)) {
     result.sigmoid = 1.0f / (1.0f + expf(-gate));
   } else {
-    result.sigmoid = __fdividef(1.0f, 1.0f + __expf(-gate));
+    result.sigmoid = fast_sigmoid(gate);
   }
   result.silu = gate * result.sigmoid;
   result.hidden = result.silu * up;

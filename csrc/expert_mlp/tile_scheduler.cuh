@@ -7,12 +7,6 @@
 // group_m along M, M fastest, so that concurrent tiles share their operands in L2.
 // Worked example, one expert, 3 x 2 super tiles, group_m = 2:  (m, n) = (0,0) (1,0) (0,1) (1,1)
 // (2,0) (2,1). Shared out beforehand, cluster c takes numbers c, c + num_clusters, ...
-//
-// Runs (kRunRows > 0): an expert of at most kRunRows rows is walked column by column instead, each
-// cluster taking one run of consecutive numbers, so that it stays at the same n for long. How many
-// tiles of an expert a cluster takes is the same either way.
-// Worked example, 3 x 2 super tiles, 2 clusters: the first takes (0,0) (1,0) (2,0), the second
-// (0,1) (1,1) (2,1).
 #pragma once
 
 #include <cstdint>
@@ -39,8 +33,11 @@ struct Tile {
 };
 
 // By one whole warp; the caller synchronises. An exclusive prefix sum of super tiles over the
-// experts.
-__device__ inline void fill_expert_table(ExpertTable& table, const TileSpace& space, int super_m) {
+// experts; those of at most `skipped_rows` rows count as having none.
+__device__ inline void fill_expert_table(ExpertTable& table,
+                                         const TileSpace& space,
+                                         int super_m,
+                                         int skipped_rows = -1) {
   const int lane = threadIdx.x % 32;
   static_assert(kMaxGroupM < 32, "one lane for each divisor");
   if (lane >= 2 && lane <= kMaxGroupM) table.reciprocals[lane] = 0xffffffffu / lane + 1;
@@ -55,7 +52,7 @@ __device__ inline void fill_expert_table(ExpertTable& table, const TileSpace& sp
           space.fixed_tiles_m > 0 ? space.fixed_tiles_m : (rows + super_m - 1) / super_m;
       table.first_blocks[expert] = static_cast<int>(begin / kRowAlignment);
       table.num_blocks[expert] = rows / kRowAlignment;
-      tiles = tiles_m * space.tiles_n;
+      tiles = rows > skipped_rows ? tiles_m * space.tiles_n : 0;
     }
     int sum = tiles;
     for (int step = 1; step < 32; step *= 2) {
@@ -68,11 +65,16 @@ __device__ inline void fill_expert_table(ExpertTable& table, const TileSpace& sp
   if (lane == 0) table.tile_offsets[space.num_experts] = carry;
 }
 
-// kRunRows > 0 asks for space.fixed_tiles_m > 0.
-template <int kBlockM, int kBlockN, int kClusterM, int kClusterN, int kRunRows = 0>
+template <int kBlockM, int kBlockN, int kClusterM, int kClusterN>
 class TileScheduler {
  public:
+  using Table = ExpertTable;
   static constexpr int kSuperM = kBlockM * kClusterM;
+
+  // As fill_expert_table.
+  __device__ static void fill(Table& table, const TileSpace& space) {
+    fill_expert_table(table, space, kSuperM);
+  }
 
   __device__ TileScheduler(const ExpertTable& table, const TileSpace& space, int cta_rank)
       : table_(table),
@@ -87,13 +89,13 @@ class TileScheduler {
   // Goes on to a tile of a greater number; false after the last one. Cheap, so that who skips a
   // tile need not know where it lies.
   __device__ __forceinline__ bool go_to(int number) {
-    minor_ += is_run() ? 1 : number - number_;
+    minor_ += number - number_;
     number_ = number;
     if (number_ >= end_) enter_expert();
     if (expert_ >= space_.num_experts) return false;
     while (minor_ >= minor_size_) {
       minor_ -= minor_size_;
-      major_ += is_run() ? 1 : space_.group_m;
+      major_ += space_.group_m;
     }
     return true;
   }
@@ -103,7 +105,6 @@ class TileScheduler {
 
   // Where the tile lies. Asks for advance() or go_to() before.
   __device__ __forceinline__ Tile tile() const {
-    if (is_run()) return tile_at(minor_, major_);
     const int tiles_m =
         space_.fixed_tiles_m > 0 ? space_.fixed_tiles_m : (num_rows_ + kSuperM - 1) / kSuperM;
     const int group_m = min(space_.group_m, tiles_m - major_);
@@ -118,29 +119,21 @@ class TileScheduler {
     return true;
   }
 
- private:
-  __device__ __forceinline__ bool is_run() const { return kRunRows > 0 && is_run_; }
-
+ protected:
   __device__ __forceinline__ void enter_expert() {
     while (expert_ < space_.num_experts && number_ >= table_.tile_offsets[expert_ + 1]) ++expert_;
     if (expert_ >= space_.num_experts) return;
     const int begin = table_.tile_offsets[expert_];
     end_ = table_.tile_offsets[expert_ + 1];
-    row_begin_ = table_.first_blocks[expert_] * kRowAlignment;
-    num_rows_ = table_.num_blocks[expert_] * kRowAlignment;
+    read_rows();
     major_ = 0;
     minor_ = number_ - begin;
     minor_size_ = space_.group_m * space_.tiles_n;
-    if constexpr (kRunRows > 0) {
-      is_run_ = num_rows_ > 0 && num_rows_ <= kRunRows;
-      if (is_run_) {
-        // The cluster that comes i-th in this expert takes the i-th run; the first ones take one
-        // tile more where the runs are not of one length.
-        const int tiles = end_ - begin;
-        minor_ = minor_ * (tiles / stride_) + min(minor_, tiles % stride_);
-        minor_size_ = space_.fixed_tiles_m;
-      }
-    }
+  }
+
+  __device__ __forceinline__ void read_rows() {
+    row_begin_ = table_.first_blocks[expert_] * kRowAlignment;
+    num_rows_ = table_.num_blocks[expert_] * kRowAlignment;
   }
 
   __device__ __forceinline__ Tile tile_at(int super_m, int super_n) const {
@@ -163,8 +156,7 @@ class TileScheduler {
   int end_ = 0;  // the first number past it
   int row_begin_ = 0;
   int num_rows_ = 0;
-  bool is_run_ = false;
-  // The place in it. Groups: number in the group, the group's first super tile along M. Runs: m, n.
+  // The place in it: number in the group, the group's first super tile along M.
   int minor_ = 0;
   int major_ = 0;
   int minor_size_ = 1;

@@ -33,8 +33,10 @@ class GemmCase:
         return f"E{len(self.lengths)}-{shown}-N{self.columns}-K{self.a_columns}"
 
 
-# TN: experts of at most 256 rows are walked in runs along M, others are not; B is kept.
+# TN: experts of at most 256 rows are walked column by column, B is kept; others are not.
 FEW_ROWS = GemmCase((256, 0, 128, 384, 256), 776, 8200)
+# More columns than there are clusters: 2 rounds of 66 and a rest, at M of 5 tiles.
+MANY_COLUMNS = GemmCase((128, 256, 0, 384, 256, 0, 128, 256) * 9, 776, 520)
 CASES = [
     GemmCase((128,), 8, 8),
     GemmCase((0, 128, 0, 256), 72, 40),
@@ -45,6 +47,7 @@ CASES = [
     GemmCase((4096, 128), 968, 4096),  # NT: 256 x 192; TN: 128 x 256
     GemmCase((256,) * 8, 1536, 2048),
     FEW_ROWS,
+    MANY_COLUMNS,
     GemmCase((1024, 896, 1152), 1024, 520),  # pairs, 256 wide; TN: 128 x 128
     GemmCase((128,) * 300, 64, 64),
 ]
@@ -174,7 +177,7 @@ CHUNKED_CASES = [
     (3, GemmCase((128,) * 30, 512, 1024)),  # single CTAs
     (2, GemmCase((384, 128, 896, 640, 0, 512), 1000, 520)),  # pairs: a tile's half in another chunk
     (2, GemmCase((4096, 128, 2176, 4224), 968, 4096)),  # 256 x 192
-    (2, GemmCase((256, 128, 128, 384, 0, 256), 776, 8200)),  # TN: runs along M
+    (2, GemmCase((256, 128, 128, 384, 0, 256), 776, 8200)),  # TN: column by column
     (4, GemmCase((128,) * 1200, 64, 64)),
 ]
 
@@ -218,7 +221,7 @@ def test_grouped_gemm_of_a_chunk_takes_its_segments_alone(
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", [FEW_ROWS, GemmCase((1024,) * 4, 1024, 2048)], ids=str)
+@pytest.mark.parametrize("case", [FEW_ROWS, MANY_COLUMNS, GemmCase((1024,) * 4, 1024, 2048)], ids=str)
 def test_grouped_gemm_twice_is_bit_equal(
     case: GemmCase, layout: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,12 +236,13 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm_kernel(const KernelA
   extern __shared__ __align__(128) uint8_t shared_bytes[];
   const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared_bytes));
   auto& table = *reinterpret_cast<ExpertTable*>(shared_bytes + Config::kTableOffset);
-  if (threadIdx.x < 32) fill_expert_table(table, args.space, Config::kBlockM);
+  using Scheduler = TileScheduler<Config::kBlockM, Config::kBlockN, 1, 1>;
+  if (threadIdx.x < 32) Scheduler::fill(table, args.space);
   __syncthreads();
 
   const int warp = threadIdx.x / 32;
   const int warp_m = warp % 2 * Config::kWarpM, warp_n = warp / 2 * Config::kWarpN;
-  TileScheduler<Config::kBlockM, Config::kBlockN, 1, 1> scheduler(table, args.space, 0);
+  Scheduler scheduler(table, args.space, 0);
   Tile tile;
   while (scheduler.next(tile)) {
     TileProblem<Config> problem = problem_of<Config>(args, tile);

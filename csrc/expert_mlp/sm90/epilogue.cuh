@@ -14,13 +14,43 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// Row of the 64-row block whose address this lane gives to stmatrix.
+__device__ __forceinline__ int store_row(int thread) {
+  const int lane = thread % 32;
+  return thread / 32 * 16 + lane % 8 + lane / 8 % 2 * 8;
+}
+
+// Where this lane's 16 bytes of the first 16 columns lie in a chunk of rows of kRowBytes, which is
+// swizzled over as many. Chunks are 1024-aligned: those of another 16 columns lie where these
+// columns' bits differ.
+template <int kRowBytes>
+__device__ __forceinline__ uint32_t store_offset(int thread) {
+  const int row = store_row(thread);
+  const int swizzle = row * kRowBytes / 128 % (kRowBytes / 16);
+  return row * kRowBytes + ((thread % 32 / 16) ^ swizzle) * 16;
+}
+
+// SwiGLU's store buffers hold three chunks of 64 rows x 32 columns: gate, up, activation.
+inline constexpr int kSwigluColumns = 32;
+inline constexpr int kSwigluRowBytes = 64;
+inline constexpr int kSwigluPartBytes = 64 * kSwigluRowBytes;
+
 // The group's store buffers, used in turn, kStoreBatch at a time.
 template <class Config>
 struct StoreBuffers {
   const SharedLayout<Config>& shared;
   int group;
-  int thread;  // in the group
+  int thread;            // in the group
+  uint32_t lane_offset;  // store_offset
   int next = 0;
+
+  __device__ __forceinline__ StoreBuffers(const SharedLayout<Config>& shared, int group, int thread)
+      : shared(shared),
+        group(group),
+        thread(thread),
+        lane_offset(store_offset<Config::kHasSwiglu ? kSwigluRowBytes : kStepRowBytes>(thread)) {
+    asm volatile("" : "+r"(lane_offset));  // kept, not computed anew for each chunk
+  }
 
   // The first of a batch, once its last stores have been read.
   __device__ __forceinline__ uint32_t acquire() {
@@ -37,16 +67,9 @@ struct StoreBuffers {
   }
 };
 
-// Row of the 64-row block whose address this lane gives to stmatrix.
-__device__ __forceinline__ int store_row(int thread) {
-  const int lane = thread % 32;
-  return thread / 32 * 16 + lane % 8 + lane / 8 % 2 * 8;
-}
-
-// 64 rows x 64 columns into a chunk with the 128-byte swizzle. values: 32 accumulator words.
-__device__ __forceinline__ void write_chunk(uint32_t buffer, const float* values, int thread) {
-  const int row = store_row(thread);
-  const int lane_column = thread % 32 / 16;
+// 64 rows x 64 columns into a chunk with the 128-byte swizzle. address: the lane's in it. values:
+// 32 accumulator words.
+__device__ __forceinline__ void write_chunk(uint32_t address, const float* values) {
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {  // 16 columns each
     uint32_t words[4];
@@ -55,24 +78,19 @@ __device__ __forceinline__ void write_chunk(uint32_t buffer, const float* values
       const float* value = values + pair * 8 + word * 2;
       words[word] = pack_bf16(value[0], value[1]);
     }
-    const int column = (pair * 2 + lane_column) ^ (row & 7);
-    store_matrix_x4(buffer + row * 128 + column * 16, words[0], words[1], words[2], words[3]);
+    store_matrix_x4(address ^ (pair * 32), words[0], words[1], words[2], words[3]);
   }
 }
 
-// acc *= alpha, or zeros for a tile of which no step was multiplied: its accumulators hold nothing.
-// Apart from the conversion, so that the usual alpha of 1 costs nothing.
+// acc *= alpha, apart from the conversion, so that the usual alpha of 1 costs nothing.
 template <class Config>
 __device__ __forceinline__ void scale_tile(float (&acc)[Config::kRowBlocks][Config::kBlockN / 2],
-                                           float alpha,
-                                           bool is_zero) {
-  if (alpha == 1.0f && !is_zero) return;
+                                           float alpha) {
+  if (alpha == 1.0f) return;
 #pragma unroll
   for (int block = 0; block < Config::kRowBlocks; ++block) {
 #pragma unroll
-    for (int i = 0; i < Config::kBlockN / 2; ++i) {
-      acc[block][i] = is_zero ? 0.0f : acc[block][i] * alpha;
-    }
+    for (int i = 0; i < Config::kBlockN / 2; ++i) acc[block][i] *= alpha;
   }
 }
 
@@ -108,9 +126,8 @@ __device__ __forceinline__ void store_tile(
         const uint32_t buffer = buffers.acquire();
 #pragma unroll
         for (int i = 0; i < Config::kStoreBatch; ++i) {
-          write_chunk(buffer + i * Config::kStoreBufferBytes,
-                      &acc[block][(first + i) * 32],
-                      buffers.thread);
+          write_chunk(buffer + i * Config::kStoreBufferBytes + buffers.lane_offset,
+                      &acc[block][(first + i) * 32]);
         }
         buffers.publish();
         if (buffers.thread == 0) {
@@ -119,6 +136,14 @@ __device__ __forceinline__ void store_tile(
       }
     }
   }
+}
+
+// For a tile of which no step was multiplied: its accumulators hold nothing.
+template <class Config>
+__device__ __forceinline__ void store_zeros(
+    const KernelArguments& args, StoreBuffers<Config>& buffers, int row, int column, int expert) {
+  constexpr float kZeros[Config::kRowBlocks][Config::kBlockN / 2] = {};
+  store_tile<Config>(kZeros, args, buffers, row, column, expert);
 }
 
 inline constexpr int kFloatColumns = 32;  // of a 64-row chunk in fp32

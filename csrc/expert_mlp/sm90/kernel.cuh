@@ -75,9 +75,13 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
     } else if constexpr (Config::kEpilogue == GemmEpilogue::kSwiglu) {
       store_swiglu_tile<Config>(acc, args, buffers, tile.row_begin + row, tile.n);
     } else if constexpr (Config::kLayout == GemmLayout::kTN) {
-      scale_tile<Config>(acc, args.alpha, steps == 0);
+      if (steps == 0) {
+        if (!Config::kAccumulates) store_zeros(args, buffers, row, tile.n, tile.expert);
+        continue;
+      }
+      scale_tile<Config>(acc, args.alpha);
       if constexpr (Config::kAccumulates) {
-        if (steps > 0) add_tile<Config>(acc, args, buffers, row, tile.n, tile.expert);
+        add_tile<Config>(acc, args, buffers, row, tile.n, tile.expert);
       } else {
         store_tile<Config>(acc, args, buffers, row, tile.n, tile.expert);
       }
@@ -94,15 +98,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t dynamic_shared[];
   const SharedLayout<Config> shared{(shared_address(dynamic_shared) + 1023) / 1024 * 1024};
-  auto& table = *reinterpret_cast<ExpertTable*>(
+  using Scheduler = typename Config::Scheduler;
+  auto& table = *reinterpret_cast<typename Scheduler::Table*>(
       dynamic_shared + (shared.base - shared_address(dynamic_shared)) + Config::kTableOffset);
-  using Scheduler = TileScheduler<Config::kBlockM,
-                                  Config::kBlockN,
-                                  Config::kClusterM,
-                                  Config::kClusterN,
-                                  Config::kRunRows>;
 
-  if (threadIdx.x < 32) fill_expert_table(table, args.space, Scheduler::kSuperM);
+  if (threadIdx.x < 32) Scheduler::fill(table, args.space);
   if (threadIdx.x == 32) {
     constexpr int kReleases = (Config::kIsPingPong ? 1 : kConsumerGroups) * Config::kClusterSize;
     for (int stage = 0; stage < Config::kStages; ++stage) {

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "expert_mlp/column_scheduler.cuh"
 #include "expert_mlp/grouped_gemm.h"
 #include "expert_mlp/sm90/choose_tile.h"
 #include "expert_mlp/sm90/kernel_arguments.h"
@@ -46,11 +48,14 @@ struct KernelConfig {
   static constexpr GemmEpilogue kEpilogue = kEpilogue_;
   static constexpr bool kAccumulates = kEpilogue == GemmEpilogue::kAccumulate;
   static constexpr bool kReadsZ = kEpilogue == GemmEpilogue::kSwigluBackward;
-  // See TileConfig::keeps_b. Experts whose rows fit the stages are walked in runs along M.
+  // See TileConfig::keeps_b. Experts whose rows fit the stages are walked column by column; columns
+  // are shared out beforehand, other tiles are handed out (tile_queue.cuh).
   static constexpr bool kKeepsB = kKeepsB_;
-  static constexpr int kRunRows = kKeepsB ? kStages * kStepK : 0;
-  // Runs are shared out beforehand; other tiles are handed out (tile_queue.cuh).
   static constexpr bool kHasQueue = !kKeepsB;
+  using Scheduler =
+      std::conditional_t<kKeepsB,
+                         ColumnScheduler<kBlockM, kBlockN, kClusterM, kClusterN, kStages_ * kStepK>,
+                         TileScheduler<kBlockM, kBlockN, kClusterM, kClusterN>>;
 
   static constexpr bool kTransposeA = kLayout == GemmLayout::kTN;
   static constexpr bool kTransposeB = kLayout != GemmLayout::kNT;
@@ -74,7 +79,8 @@ struct KernelConfig {
   static constexpr int kQueueOffset = kZBarrierOffset + kNumZBarriers * 8;
   static constexpr int kTableOffset = kQueueOffset + (kHasQueue ? kTileSlots * 3 * 8 : 0);
   // 1024 more: the dynamic shared memory is aligned by hand.
-  static constexpr int kSharedBytes = kTableOffset + static_cast<int>(sizeof(ExpertTable)) + 1024;
+  static constexpr int kSharedBytes =
+      kTableOffset + static_cast<int>(sizeof(typename Scheduler::Table)) + 1024;
 
   static constexpr TileConfig tile() {
     return {kBlockM, kBlockN, kIsPingPong, kClusterM, kClusterN, kKeepsB};

@@ -30,21 +30,32 @@ __device__ __forceinline__ void release_stage(uint32_t empty_barrier, int thread
   }
 }
 
+// The same in all lanes, and known to the compiler to be: it then computes in uniform registers,
+// where wgmma wants its descriptors.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// stage: where its A lies; a_offset: where this group's rows lie in it, in bytes.
 template <class Config>
 __device__ __forceinline__ void multiply_stage(
-    float (&acc)[Config::kRowBlocks][Config::kBlockN / 2], uint32_t a, uint32_t b, int step) {
+    float (&acc)[Config::kRowBlocks][Config::kBlockN / 2],
+    uint32_t stage,
+    uint32_t a_offset,
+    int step) {
   using LayoutA = OperandLayout<Config::kTransposeA, (Config::kClusterN > 1), Config::kBlockM>;
   using LayoutB = OperandLayout<Config::kTransposeB, (Config::kClusterM > 1), Config::kBlockN>;
   using Instruction = Wgmma<Config::kBlockN, Config::kTransposeA, Config::kTransposeB>;
+  const MatrixDescriptor a(stage + a_offset, LayoutA::kChunkBytes);
+  const MatrixDescriptor b(stage + Config::kABytes, LayoutB::kChunkBytes);
 #pragma unroll
   for (int k16 = 0; k16 < kStepK / 16; ++k16) {
-    const uint64_t b_descriptor =
-        matrix_descriptor(b + LayoutB::k16_offset(k16), LayoutB::kChunkBytes);
 #pragma unroll
     for (int block = 0; block < Config::kRowBlocks; ++block) {
-      const uint64_t a_descriptor = matrix_descriptor(
-          a + block * LayoutA::kChunkBytes + LayoutA::k16_offset(k16), LayoutA::kChunkBytes);
-      Instruction::run(acc[block], a_descriptor, b_descriptor, k16 > 0 || step > 0);
+      Instruction::run(acc[block],
+                       a.at(block * LayoutA::kChunkBytes + LayoutA::k16_offset(k16)),
+                       b.at(LayoutB::k16_offset(k16)),
+                       k16 > 0 || step > 0);
     }
   }
 }
@@ -59,12 +70,12 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[Config::kRowBlocks][C
                                               int thread,
                                               OnIssued on_issued) {
   using LayoutA = OperandLayout<Config::kTransposeA, (Config::kClusterN > 1), Config::kBlockM>;
-  const uint32_t a_offset = first_row / kChunk * LayoutA::kChunkBytes;
+  const uint32_t a_offset = uniform(first_row / kChunk * LayoutA::kChunkBytes);
   int previous = 0;
   for (int step = 0; step < steps; ++step) {
     barrier_wait(shared.full(ring.stage), ring.phase);
     wgmma_fence();
-    multiply_stage<Config>(acc, shared.a(ring.stage) + a_offset, shared.b(ring.stage), step);
+    multiply_stage<Config>(acc, uniform(shared.a(ring.stage)), a_offset, step);
     wgmma_commit();
     wgmma_wait<1>();  // the previous stage's
     if (step > 0) release_stage<Config>(shared.empty(previous), thread);

@@ -4,12 +4,10 @@
 // loop.
 #pragma once
 
+#include "expert_mlp/fast_sigmoid.cuh"
 #include "expert_mlp/sm90/epilogue.cuh"
 
 namespace torch_moe_ep::sm90 {
-
-inline constexpr int kZColumns = 32;         // of a chunk
-inline constexpr int kZPartBytes = 64 * 64;  // 64 rows of 32 columns
 
 // The chunks of z of a group's tiles, read kStoreBuffers ahead in the order in which they are
 // stored: 32 columns after another, then the next 64 rows.
@@ -24,7 +22,7 @@ struct ZChunks {
   uint32_t phase = 0;
 
   __device__ __forceinline__ int chunks_per_block(int column) const {
-    return min(Config::kBlockN, args.columns - column + kZColumns - 1) / kZColumns;
+    return min(Config::kBlockN, args.columns - column + kSwigluColumns - 1) / kSwigluColumns;
   }
 
   // By one thread: chunk number `chunk` of the tile at (row, column), into the buffer `ahead` after
@@ -32,7 +30,7 @@ struct ZChunks {
   __device__ __forceinline__ void load(int row, int column, int chunk, int ahead) const {
     const int per_block = chunks_per_block(column);
     const int block = chunk >= per_block ? 1 : 0;
-    const int chunk_column = column + (chunk - block * per_block) * kZColumns;
+    const int chunk_column = column + (chunk - block * per_block) * kSwigluColumns;
     const int chunk_row = row + block * kChunk;
     if (ahead >= Config::kStoreBuffers) {
       tma_prefetch_3d(args.z, chunk_column, 0, chunk_row);
@@ -41,9 +39,9 @@ struct ZChunks {
     }
     const int into = (buffer + ahead) % Config::kStoreBuffers;
     const uint32_t target = shared.store_buffer(group, into), full = shared.z_full(group, into);
-    barrier_expect_bytes(full, 2 * kZPartBytes);
+    barrier_expect_bytes(full, 2 * kSwigluPartBytes);
     tma_load_3d(target, args.z, full, chunk_column, 0, chunk_row);
-    tma_load_3d(target + kZPartBytes, args.z, full, chunk_column, 1, chunk_row);
+    tma_load_3d(target + kSwigluPartBytes, args.z, full, chunk_column, 1, chunk_row);
   }
 
   // Before the main loop, so that the first chunks are there and the others in L2 when it ends.
@@ -87,32 +85,29 @@ struct SwigluGradient {
   // grad: of a. dot gains grad * h, the gradient of w.
   __device__ __forceinline__
   SwigluGradient(float gate_value, float up_value, float grad, float row_weight, float& dot) {
-    const float sigmoid = __fdividef(1.0f, 1.0f + __expf(-gate_value));
+    const float sigmoid = fast_sigmoid(gate_value);
     const float silu = gate_value * sigmoid;
     const float hidden = silu * up_value;
     const float grad_hidden = row_weight * grad;
     dot += grad * hidden;
     activation = row_weight * hidden;
     up = grad_hidden * silu;
-    gate = grad_hidden * up_value * sigmoid * (1.0f + gate_value - silu);
+    gate = grad_hidden * (up_value * sigmoid + hidden * (1.0f - sigmoid));
   }
 };
 
-// In place: gate, up -> their gradients; behind them the activation. grads: 16 accumulator words.
-__device__ __forceinline__ void write_swiglu_backward_chunk(uint32_t buffer,
+// In place: gate, up -> their gradients; behind them the activation. address: the lane's in
+// the buffer. grads: 16 accumulator words.
+__device__ __forceinline__ void write_swiglu_backward_chunk(uint32_t address,
                                                             const float* grads,
                                                             const float (&row_weights)[2],
-                                                            float (&dots)[2],
-                                                            int thread) {
-  const int row = store_row(thread);
-  const int lane_column = thread % 32 / 16;
+                                                            float (&dots)[2]) {
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {  // 16 columns each
-    const int column = (pair * 2 + lane_column) ^ ((row >> 1) & 3);
-    const uint32_t address = buffer + row * 64 + column * 16;
+    const uint32_t target = address ^ (pair * 32);
     uint32_t gate[4], up[4], activation[4];
-    load_matrix_x4(gate, address);
-    load_matrix_x4(up, address + kZPartBytes);
+    load_matrix_x4(gate, target);
+    load_matrix_x4(up, target + kSwigluPartBytes);
 #pragma unroll
     for (int word = 0; word < 4; ++word) {  // word % 2: rows +0 or +8
       const float2 gates = unpack_bf16(gate[word]), ups = unpack_bf16(up[word]);
@@ -125,10 +120,10 @@ __device__ __forceinline__ void write_swiglu_backward_chunk(uint32_t buffer,
       up[word] = pack_bf16(low.up, high.up);
       activation[word] = pack_bf16(low.activation, high.activation);
     }
-    store_matrix_x4(address, gate[0], gate[1], gate[2], gate[3]);
-    store_matrix_x4(address + kZPartBytes, up[0], up[1], up[2], up[3]);
+    store_matrix_x4(target, gate[0], gate[1], gate[2], gate[3]);
+    store_matrix_x4(target + kSwigluPartBytes, up[0], up[1], up[2], up[3]);
     store_matrix_x4(
-        address + 2 * kZPartBytes, activation[0], activation[1], activation[2], activation[3]);
+        target + 2 * kSwigluPartBytes, activation[0], activation[1], activation[2], activation[3]);
   }
 }
 
@@ -150,7 +145,7 @@ __device__ __forceinline__ void store_swiglu_backward_tile(
     ZChunks<Config>& z,
     int row,
     int column) {
-  constexpr int kChunks = Config::kBlockN / kZColumns;
+  constexpr int kChunks = Config::kBlockN / kSwigluColumns;
 #pragma unroll
   for (int block = 0; block < Config::kRowBlocks; ++block) {
     const int block_row = row + block * kChunk;
@@ -159,18 +154,18 @@ __device__ __forceinline__ void store_swiglu_backward_tile(
     float dots[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const int chunk_column = column + chunk * kZColumns;
+      const int chunk_column = column + chunk * kSwigluColumns;
       if (chunk_column < args.columns) {
         const int number = block * z.chunks_per_block(column) + chunk;
         const uint32_t buffer = z.acquire(row, column, number);
         write_swiglu_backward_chunk(
-            buffer, &acc[block][chunk * 16], row_weights, dots, buffers.thread);
+            buffer + buffers.lane_offset, &acc[block][chunk * 16], row_weights, dots);
         z.next();
         buffers.publish();
         if (buffers.thread == 0) {
           tma_store_3d(args.out, buffer, chunk_column, 0, block_row);
-          tma_store_3d(args.out, buffer + kZPartBytes, chunk_column, 1, block_row);
-          tma_store_3d(args.activation, buffer + 2 * kZPartBytes, chunk_column, block_row, 0);
+          tma_store_3d(args.out, buffer + kSwigluPartBytes, chunk_column, 1, block_row);
+          tma_store_3d(args.activation, buffer + 2 * kSwigluPartBytes, chunk_column, block_row, 0);
           tma_store_commit();
         }
       }

@@ -1,21 +1,19 @@
 // SwiGLU in the epilogue of the up projection.
 #pragma once
 
+#include "expert_mlp/fast_sigmoid.cuh"
 #include "expert_mlp/sm90/epilogue.cuh"
 
 namespace torch_moe_ep::sm90 {
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return x * fast_sigmoid(x); }
 
 // 64 rows x (32 gate + 32 up) accumulators, 8 gate and 8 up columns by turns, into three 64 x 32
-// chunks with the 64-byte swizzle: gate, up and row_weight * silu(gate) * up.
-__device__ __forceinline__ void write_swiglu_chunk(uint32_t buffer,
+// chunks with the 64-byte swizzle: gate, up and row_weight * silu(gate) * up. address: the lane's
+// in the first.
+__device__ __forceinline__ void write_swiglu_chunk(uint32_t address,
                                                    const float* values,
-                                                   const float (&row_weights)[2],
-                                                   int thread) {
-  constexpr int kPartBytes = 64 * 64;
-  const int row = store_row(thread);
-  const int lane_column = thread % 32 / 16;
+                                                   const float (&row_weights)[2]) {
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {  // 16 columns of gate, of up and of the activation
     uint32_t gate[4], up[4], activation[4];
@@ -29,12 +27,11 @@ __device__ __forceinline__ void write_swiglu_chunk(uint32_t buffer,
       up[word] = pack_bf16(u[0], u[1]);
       activation[word] = pack_bf16(weight * silu(g[0]) * u[0], weight * silu(g[1]) * u[1]);
     }
-    const int column = (pair * 2 + lane_column) ^ ((row >> 1) & 3);
-    const uint32_t address = buffer + row * 64 + column * 16;
-    store_matrix_x4(address, gate[0], gate[1], gate[2], gate[3]);
-    store_matrix_x4(address + kPartBytes, up[0], up[1], up[2], up[3]);
+    const uint32_t target = address ^ (pair * 32);
+    store_matrix_x4(target, gate[0], gate[1], gate[2], gate[3]);
+    store_matrix_x4(target + kSwigluPartBytes, up[0], up[1], up[2], up[3]);
     store_matrix_x4(
-        address + 2 * kPartBytes, activation[0], activation[1], activation[2], activation[3]);
+        target + 2 * kSwigluPartBytes, activation[0], activation[1], activation[2], activation[3]);
   }
 }
 
@@ -45,7 +42,6 @@ __device__ __forceinline__ void store_swiglu_tile(
     StoreBuffers<Config>& buffers,
     int row,
     int column) {
-  constexpr int kPartBytes = 64 * 64;
 #pragma unroll
   for (int block = 0; block < Config::kRowBlocks; ++block) {
     const int block_row = row + block * kChunk;
@@ -57,12 +53,12 @@ __device__ __forceinline__ void store_swiglu_tile(
       const int chunk_column = column / 2 + chunk * (kChunk / 2);
       if (chunk_column < args.columns / 2) {
         const uint32_t buffer = buffers.acquire();
-        write_swiglu_chunk(buffer, &acc[block][chunk * 32], row_weights, buffers.thread);
+        write_swiglu_chunk(buffer + buffers.lane_offset, &acc[block][chunk * 32], row_weights);
         buffers.publish();
         if (buffers.thread == 0) {
           tma_store_3d(args.out, buffer, chunk_column, 0, block_row);
-          tma_store_3d(args.out, buffer + kPartBytes, chunk_column, 1, block_row);
-          tma_store_3d(args.activation, buffer + 2 * kPartBytes, chunk_column, block_row, 0);
+          tma_store_3d(args.out, buffer + kSwigluPartBytes, chunk_column, 1, block_row);
+          tma_store_3d(args.activation, buffer + 2 * kSwigluPartBytes, chunk_column, block_row, 0);
           tma_store_commit();
         }
       }

@@ -56,9 +56,12 @@ struct TileReader {
 
   // False after the last one.
   __device__ __forceinline__ bool next() {
-    if constexpr (!Config::kHasQueue) return scheduler.advance();
-    barrier_wait(shared.tile_full(ring.stage), ring.phase);
-    return scheduler.go_to(read_number());
+    if constexpr (Config::kHasQueue) {
+      barrier_wait(shared.tile_full(ring.stage), ring.phase);
+      return scheduler.go_to(read_number());
+    } else {
+      return scheduler.advance();
+    }
   }
   // Another tile may be handed out in its place.
   __device__ __forceinline__ void release() {

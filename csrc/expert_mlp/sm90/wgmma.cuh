@@ -10,19 +10,25 @@ namespace torch_moe_ep::sm90 {
 // are (row 16w + l / 4, columns 8j + 2 (l % 4) and + 1), words 4j + 2 and 4j + 3 the same 8 rows
 // below.
 
-// Matrix descriptor of a 128-byte-swizzled operand. `address` is a shared-memory address.
+// Matrix descriptor of a 128-byte-swizzled operand in shared memory.
 //   K-major:  rows of 64 k (128 B); 8-row groups 1024 B apart; chunk_bytes is ignored.
 //             A 16-deep k step adds 32 to the address.
 //   MN-major: chunks of 64 m or n (128 B), one row a k; groups of 8 k 1024 B apart, chunks
-//   chunk_bytes
-//             apart. A 16-deep k step adds 2048 to the address.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t chunk_bytes) {
-  constexpr uint64_t kGroupBytes = 1024;
-  constexpr uint64_t kSwizzle128 = 1;
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
-         (static_cast<uint64_t>(chunk_bytes >> 4) << 16) | ((kGroupBytes >> 4) << 32) |
-         (kSwizzle128 << 62);
-}
+//             chunk_bytes apart. A 16-deep k step adds 2048 to the address.
+// The address is a field of the lower word, in units of 16 bytes, that no address inside a CTA's
+// shared memory overflows: moving on by bytes is one addition.
+struct MatrixDescriptor {
+  static constexpr uint32_t kAddressBits = 0x3FFFF;  // above them: which CTA of the cluster
+  uint32_t low;
+
+  __device__ __forceinline__ MatrixDescriptor(uint32_t address, uint32_t chunk_bytes)
+      : low(((address & kAddressBits) >> 4) | (chunk_bytes >> 4 << 16)) {}
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    constexpr uint64_t kGroupBytes = 1024;
+    constexpr uint64_t kSwizzle128 = 1;
+    return (kSwizzle128 << 62) | (kGroupBytes >> 4 << 32) | (low + bytes / 16);
+  }
+};
 
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
