@@ -41,18 +41,18 @@ struct RowTeam {
   int warp;
   int lane;
 
-  __device__ RowTeam() {
+  __device__ explicit RowTeam(unsigned block) {
     const int thread = static_cast<int>(threadIdx.x);
     lane = thread % kWarpSize;
     warp = thread / kWarpSize;
-    row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + warp / kWarps;
+    row = static_cast<int64_t>(block) * kRowsPerBlock + warp / kWarps;
     first = static_cast<int64_t>(thread % (kWarps * kWarpSize)) * kCount;
   }
 };
 
 template <typename T, int kWarps, int kCount>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize) swiglu_rows(const SwigluParams p) {
-  const RowTeam<kWarps, kCount> team;
+  const RowTeam<kWarps, kCount> team(blockIdx.x);
   if (team.row >= p.rows || !p.segments.has(team.row, p.num_experts)) return;
   const T* gates = static_cast<const T*>(p.z) + team.row * 2 * p.width;
   const T* ups = gates + p.width;
@@ -77,10 +77,12 @@ __global__ void __launch_bounds__(kMaxWarps* kWarpSize) swiglu_rows(const Swiglu
 //   d row_weight = sum of da * h;  dh = row_weight * da
 //   d up = dh * silu;  d gate = dh * up * sigmoid * (1 + gate * (1 - sigmoid))
 // Each element of z is read before the same thread writes grad_z there: they may be one buffer.
+// The last rows come first: of few rows, the GEMM before left theirs in L2, and the one behind
+// begins with those that are written last.
 template <typename T, int kWarps, int kCount>
 __global__ void __launch_bounds__(kMaxWarps* kWarpSize)
     swiglu_rows_backward(const SwigluBackwardParams p) {
-  const RowTeam<kWarps, kCount> team;
+  const RowTeam<kWarps, kCount> team(gridDim.x - 1 - blockIdx.x);
   const SwigluParams& f = p.forward;
   // kWarps == kMaxWarps: one row a block, so the whole block leaves here or none of it.
   if (team.row >= f.rows || !f.segments.has(team.row, f.num_experts)) return;

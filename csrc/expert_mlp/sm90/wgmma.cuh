@@ -18,15 +18,17 @@ namespace torch_moe_ep::sm90 {
 // The address is a field of the lower word, in units of 16 bytes, that no address inside a CTA's
 // shared memory overflows: moving on by bytes is one addition.
 struct MatrixDescriptor {
-  static constexpr uint32_t kAddressBits = 0x3FFFF;  // above them: which CTA of the cluster
   uint32_t low;
 
-  __device__ __forceinline__ MatrixDescriptor(uint32_t address, uint32_t chunk_bytes)
-      : low(((address & kAddressBits) >> 4) | (chunk_bytes >> 4 << 16)) {}
-  __device__ __forceinline__ uint64_t at(int bytes) const {
+  __device__ __forceinline__ static MatrixDescriptor of(uint32_t address, uint32_t chunk_bytes) {
+    constexpr uint32_t kAddressBits = 0x3FFFF;  // above them: which CTA of the cluster
+    return {((address & kAddressBits) >> 4) | (chunk_bytes >> 4 << 16)};
+  }
+  __device__ __forceinline__ MatrixDescriptor moved(int bytes) const { return {low + bytes / 16}; }
+  __device__ __forceinline__ uint64_t value() const {
     constexpr uint64_t kGroupBytes = 1024;
     constexpr uint64_t kSwizzle128 = 1;
-    return (kSwizzle128 << 62) | (kGroupBytes >> 4 << 32) | (low + bytes / 16);
+    return (kSwizzle128 << 62) | (kGroupBytes >> 4 << 32) | low;
   }
 };
 
