@@ -294,7 +294,7 @@ def test_expert_mlp_opcheck() -> None:
     )
 
 
-# Rows an expert: few, so that B is kept along columns of tiles; an odd number of 128-row blocks; none.
+# Rows an expert: few, so that B is kept down a column; an odd number of 128-row blocks; none.
 MAIN_GRAD_CASES = [
     MlpCase(Case(300, 8, 2, 256, "skewed"), 384),
     MlpCase(Case(1024, 2, 2, 1024, "random"), 2560),

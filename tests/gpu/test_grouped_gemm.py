@@ -221,7 +221,9 @@ def test_grouped_gemm_of_a_chunk_takes_its_segments_alone(
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", [FEW_ROWS, MANY_COLUMNS, GemmCase((1024,) * 4, 1024, 2048)], ids=str)
+@pytest.mark.parametrize(
+    "case", [FEW_ROWS, MANY_COLUMNS, GemmCase((1024,) * 4, 1024, 2048)], ids=str
+)
 def test_grouped_gemm_twice_is_bit_equal(
     case: GemmCase, layout: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
