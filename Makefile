@@ -18,6 +18,7 @@ STAMPS := $(VENV)/stamps
 
 HEADERS := $(shell find csrc -name '*.h' -o -name '*.cuh')
 HOST_SOURCES := $(shell find csrc -name '*.cpp')
+MODEL_SOURCES := $(shell find tests/hopper_model -name '*.h' -o -name '*.cuh' -o -name '*.cpp')
 CUDA_SOURCES := $(shell find csrc -name '*.cu')
 TIDY_STAMPS := $(HOST_SOURCES:%=$(STAMPS)/tidy/%)
 PYTHON_FOLDERS := setup.py torch_moe_ep tests benchmarks examples .ci docs/images
@@ -84,14 +85,14 @@ lint: $(STAMPS)/requirements
 	@echo '== mypy'
 	@$(VENV)/bin/mypy
 	@echo '== clang-format'
-	@$(VENV)/bin/clang-format --dry-run -Werror $(HEADERS) $(HOST_SOURCES) $(CUDA_SOURCES)
+	@$(VENV)/bin/clang-format --dry-run -Werror $(HEADERS) $(HOST_SOURCES) $(CUDA_SOURCES) $(MODEL_SOURCES)
 	@echo '== clang-tidy on the host files that changed'
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync $(TIDY_STAMPS)
 
 format: $(STAMPS)/requirements
 	@$(VENV)/bin/ruff check --quiet --fix-only $(PYTHON_FOLDERS)
 	@$(VENV)/bin/ruff format --quiet $(PYTHON_FOLDERS)
-	@$(VENV)/bin/clang-format -i $(HEADERS) $(HOST_SOURCES) $(CUDA_SOURCES)
+	@$(VENV)/bin/clang-format -i $(HEADERS) $(HOST_SOURCES) $(CUDA_SOURCES) $(MODEL_SOURCES)
 
 # The compiler's flags: headers of torch and CUDA are system headers here as in the build.
 $(STAMPS)/tidy-flags: $(STAMPS)/requirements .ci/tidy_flags.py

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import subprocess
 from collections import Counter, defaultdict
@@ -11,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from model_programs import compiled
 
-TESTS = Path(__file__).parent
-BLOCK_M, BLOCK_N, CLUSTER_N, FEW_ROWS = 128, 192, 2, 256  # of walk.cpp
+BLOCK_M, BLOCK_N, CLUSTER_N, FEW_ROWS = 128, 192, 2, 256  # of tile_walk.cpp
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,7 @@ class Walk:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """walk.cpp, compiled."""
-    path = tmp_path_factory.mktemp("tile_walk") / "walk"
-    sources = TESTS / "tile_walk"
-    compiler = os.environ.get("CXX", "c++")
-    options = ["-std=c++20", "-O1", "-Wall", "-Werror", "-pthread"]
-    folders = [f"-I{sources}", f"-I{TESTS.parent / 'csrc'}"]
-    subprocess.run([compiler, *options, *folders, sources / "walk.cpp", "-o", path], check=True)
-    return path
+    return compiled("tile_walk", tmp_path_factory.mktemp("tile_walk"))
 
 
 def tiles_of(program: Path, walk: Walk) -> list[list[Tile]]:

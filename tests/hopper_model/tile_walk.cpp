@@ -1,13 +1,12 @@
 // Walks the tiles of a grouped GEMM as the CTAs of a kernel do and prints them.
 //
-//     walk groups|columns CLUSTERS TILES_M TILES_N GROUP_M ROWS...
+//     tile_walk groups|columns CLUSTERS TILES_M TILES_N GROUP_M ROWS...
 //
 // TILES_M: super tiles along M of every expert; 0: from its rows. One line a tile: cluster, CTA of
 // the cluster, expert, m, n, the expert's first row, its rows.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include "expert_mlp/column_scheduler.cuh"
@@ -23,23 +22,20 @@ using Columns = ColumnScheduler<kBlockM, kBlockN, 1, kClusterN, kFewRows>;
 template <class Scheduler>
 void walk(const TileSpace& space, int num_clusters) {
   static typename Scheduler::Table table;
-  std::vector<std::jthread> lanes;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    lanes.emplace_back([&, lane] {
-      threadIdx.x = lane;
-      Scheduler::fill(table, space);
-    });
-  }
-  lanes.clear();  // joins them
-  gridDim.x = num_clusters * kClusterN;
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-    const int cta = blockIdx.x % kClusterN;
-    Scheduler scheduler(table, space, cta);
+  device::run([&] {
+    if (threadIdx.x < 32) Scheduler::fill(table, space);
+  });
+  device::Fiber walker = {};
+  device::current = &walker;
+  device::num_ctas = num_clusters * kClusterN;
+  for (walker.cta = 0; walker.cta < device::num_ctas; ++walker.cta) {
+    const int rank = walker.cta % kClusterN;
+    Scheduler scheduler(table, space, rank);
     while (scheduler.advance()) {
       const Tile t = scheduler.tile();
       std::printf("%d %d %d %d %d %d %d\n",
-                  blockIdx.x / kClusterN,
-                  cta,
+                  walker.cta / kClusterN,
+                  rank,
                   t.expert,
                   t.m,
                   t.n,
