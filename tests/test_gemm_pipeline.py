@@ -2,7 +2,8 @@
 
 Producers, consumers, the tile queue and the schedulers are csrc's own code; TMA, mbarriers, wgmma
 and clusters are modelled (tests/hopper_model). Each run draws a problem and a schedule in which
-warps and loads are late, and holds every product to the step of the tile that it belongs to.
+warps, loads and stores are late, and holds every product to the step of the tile that it belongs
+to, and every store of SwiGLU's gradient to the z that was loaded where it stores from.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ CONFIGS = [
     "ping_pong",
     "ping_pong_single",
     "swiglu",
+    "swiglu_gradient",
     "weight_gradient",
     "wide_weight_gradient",
     "few_rows",

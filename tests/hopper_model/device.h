@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -36,12 +37,21 @@ constexpr int kThreads = 384, kWarp = 32, kGroup = 128, kStackBytes = 1 << 16;
   std::_Exit(1);
 }
 
+// A box of rows of 128 bytes in shared memory: which operand, and from where.
+struct Box {
+  char operand;
+  int rows, x0, x1, x2;
+
+  bool operator==(const Box&) const = default;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   int cta, thread;
   bool is_done = false;
   std::function<bool()> is_ready = [] { return true; };
+  std::map<uint32_t, Box> seen;  // by address
 };
 
 inline std::mt19937 random_source;
@@ -120,7 +130,7 @@ inline bool sweep() {
 inline void run(std::function<void()> body) {
   kernel = std::move(body);
   make_fibers();
-  const int event_rate = 1 + draw(64), engine_rate = 1 + draw(64);
+  const int event_rate = 1 << draw(15), engine_rate = 1 << draw(8);
   for (int failures = 0;;) {
     bool went_on = draw(event_rate) == 0 && run_event();
     if (!engines.empty() && draw(engine_rate) == 0) {
@@ -129,7 +139,7 @@ inline void run(std::function<void()> body) {
     const int chosen = draw(static_cast<int>(fibers.size()));
     if (!slow_warps[chosen / kWarp] || draw(256) == 0) went_on |= resume(fibers[chosen]);
     failures = went_on ? 0 : failures + 1;
-    if (failures < 2000) continue;
+    if (failures < 500) continue;
     if (!sweep()) return;
     failures = 0;
   }
@@ -197,12 +207,7 @@ inline void complete_bytes(uint32_t address, int bytes) {
   barrier(address).settle();
 }
 
-// ---- shared memory: boxes of rows of 128 bytes ----
-
-struct Box {
-  char operand;
-  int rows, x0, x1, x2;
-};
+// ---- shared memory ----
 
 using Memory = std::map<uint32_t, Box>;  // by address in the CTA
 
@@ -217,6 +222,14 @@ inline void load_box(
     }
   });
 }
+
+// ---- stores of one thread, in bulk groups; the last group is still open ----
+
+struct Bulk {
+  std::deque<int> num_unread = {0};
+};
+
+inline Bulk& bulk_of_current() { return of<Bulk>(current - fibers.data()); }
 
 // ---- products of a consumer group, executed in order once all of its threads have issued them
 // ----
@@ -276,6 +289,7 @@ inline int __shfl_up_sync(uint32_t, int value, int delta) {
   const int lane = device::current->thread % 32;
   return device::exchange(value, [=](int* v) { return lane < delta ? value : v[lane - delta]; });
 }
+inline int __shfl_xor_sync(uint32_t, float, int) { return 0; }
 inline int __shfl_sync(uint32_t, int value, int lane) {
   return device::exchange(value, [=](int* v) { return v[lane]; });
 }

@@ -46,6 +46,18 @@ int run(unsigned seed) {
   args.out_rows = kIsTn ? k : 0;
   args.columns = columns;
   args.alpha = 1.0f;
+  // SwiGLU's gradient: 64 rows x 32 columns of z at a time, in place of which the result is stored.
+  args.z = {'Z', 32};
+  args.out = {'O', 32};
+  args.rows = offsets.back();
+  std::vector<float> row_weights(args.rows + 64),
+      dots(args.rows * args.space.tiles_n * Config::kClusterN + 64);
+  args.row_weights = row_weights.data();
+  args.partial_dots = dots.data();
+  on_store = [&](int column, int half, int row) {
+    if (half > 0 || device::group_of_current().log.empty()) return;
+    check_products<Config>({'A', row, 0, expert_of_row(args.space, row)}, column, args.k_steps);
+  };
   device::cluster_size = Config::kClusterSize;
   device::num_ctas = (1 + device::draw(2)) * Config::kClusterSize;
   for (int group = 0; group < device::num_ctas * 3; ++group) {
@@ -87,6 +99,8 @@ constexpr Named kConfigs[] = {
     {"ping_pong", run<KernelConfig<NT, 128, 192, true, 2, 1, 5, 1, 1>>},
     {"ping_pong_single", run<KernelConfig<NT, 128, 192, true, 1, 1, 4, 2, 1>>},
     {"swiglu", run<KernelConfig<NT, 128, 192, true, 2, 1, 4, 2, 1, false, GemmEpilogue::kSwiglu>>},
+    {"swiglu_gradient",
+     run<KernelConfig<NN, 128, 192, true, 2, 1, 4, 2, 1, false, GemmEpilogue::kSwigluBackward>>},
     {"weight_gradient", run<KernelConfig<TN, 128, 192, true, 2, 1, 4, 3, 3>>},
     {"wide_weight_gradient", run<KernelConfig<TN, 128, 256, false, 2, 1, 3, 4, 2>>},
     {"few_rows", run<KernelConfig<TN, 128, 192, true, 1, 2, 4, 3, 3, true>>},

@@ -2,6 +2,8 @@
 // from the right steps in the right order.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include "expert_mlp/sm90/kernel_config.cuh"
 #include "expert_mlp/sm90/ptx.cuh"
 
@@ -9,13 +11,21 @@ namespace torch_moe_ep::sm90 {
 
 inline std::map<std::vector<int>, int> num_stored;  // by expert, row, column
 
-// What kernel.cuh knows of the buffers.
+inline constexpr int kSwigluColumns = 32;
+inline constexpr int kSwigluPartBytes = 64 * 64;
+
+// What kernel.cuh and the epilogue of SwiGLU's gradient know of the buffers.
 template <class Config>
 struct StoreBuffers {
   const SharedLayout<Config>& shared;
   int group;
   int thread;
+  uint32_t lane_offset = 0;
+
+  void publish() { named_barrier_sync(kGroupBarrier + group, kGroupThreads); }
 };
+
+inline uint32_t pack_bf16(float, float) { return 0; }
 
 template <class Config>
 using Accumulators = float (&)[Config::kRowBlocks][Config::kBlockN / 2];
@@ -34,21 +44,25 @@ void check_log(const std::vector<device::Product>& log, const device::Operand& a
   }
 }
 
-// By the whole group, which meets as it does where it stores. a: the first of A; its expert.
+// By one thread of a group that has stored its part of a tile. a: the first of A; its expert.
+template <class Config>
+void check_products(const device::Operand& a, int column, int num_steps) {
+  ++num_stored[{a.expert, a.mn, column}];
+  std::vector<device::Product>& log = device::group_of_current().log;
+  const int wanted = num_steps * (kStepK / 16) * Config::kRowBlocks;
+  if (static_cast<int>(log.size()) != wanted) device::fail("products of a tile", log.size());
+  check_log<Config>(log, a, column);
+  log.clear();
+}
+
+// By the whole group, which meets as it does where it stores.
 template <class Config>
 void check_part(const StoreBuffers<Config>& buffers,
                 const device::Operand& a,
                 int column,
                 int num_steps) {
   named_barrier_sync(kGroupBarrier + buffers.group, kGroupThreads);
-  if (buffers.thread == 0) {
-    ++num_stored[{a.expert, a.mn, column}];
-    std::vector<device::Product>& log = device::group_of_current().log;
-    const int wanted = num_steps * (kStepK / 16) * Config::kRowBlocks;
-    if (static_cast<int>(log.size()) != wanted) device::fail("products of a tile", log.size());
-    check_log<Config>(log, a, column);
-    log.clear();
-  }
+  if (buffers.thread == 0) check_products<Config>(a, column, num_steps);
   named_barrier_sync(kGroupBarrier + buffers.group, kGroupThreads);
 }
 
@@ -91,22 +105,8 @@ void store_swiglu_tile(Accumulators<Config> acc,
 template <class Config>
 void scale_tile(Accumulators<Config>, float) {}
 
-// Named by kernel.cuh for epilogues that the model has no kernel of.
+// Named by kernel.cuh for an epilogue that the model has no kernel of.
 template <class Config>
 void add_tile(Accumulators<Config>, const KernelArguments&, StoreBuffers<Config>&, int, int, int);
-template <class Config>
-struct ZChunks {
-  const KernelArguments& args;
-  const SharedLayout<Config>& shared;
-  int group;
-  int thread;
-};
-template <class Config>
-void store_swiglu_backward_tile(Accumulators<Config>,
-                                const KernelArguments&,
-                                StoreBuffers<Config>&,
-                                ZChunks<Config>&,
-                                int,
-                                int);
 
 }  // namespace torch_moe_ep::sm90

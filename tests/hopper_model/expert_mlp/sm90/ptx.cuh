@@ -68,7 +68,59 @@ inline void tma_load_5d_multicast(uint32_t shared,
                                   int mask) {
   tma_load_3d_multicast(shared, map, barrier, x0, x3 * 16, x4, mask);
 }
-inline void tma_store_wait_all() {}
+inline void tma_prefetch_3d(const CUtensorMap&, int, int, int) {}
+
+// What a map of results is told of each store, when it is issued.
+inline std::function<void(int x0, int x1, int x2)> on_store;
+
+// Of results that take the place of what was loaded: the copy engine reads them some time later,
+// and until then nothing else may have landed there.
+inline void tma_store_3d(const CUtensorMap& map, uint32_t shared, int x0, int x1, int x2) {
+  if (map.operand != 'O') return;
+  const int cta = device::current->cta;
+  const device::Box stored = {'Z', map.box_rows, x0, x1, x2};
+  const auto check = [=] {
+    const device::Memory& memory = device::of<device::Memory>(cta);
+    const auto found = memory.find(shared & 0xffffff);
+    if (found == memory.end() || found->second != stored) device::fail("a store", x0, x1, x2);
+  };
+  check();
+  on_store(x0, x1, x2);
+  int& num_unread = device::bulk_of_current().num_unread.back();
+  ++num_unread;
+  device::events.push_back([=, &num_unread] {
+    check();
+    --num_unread;
+  });
+}
+inline void tma_store_commit() { device::bulk_of_current().num_unread.push_back(0); }
+template <int kPending>
+void tma_store_wait_read() {
+  const auto& groups = device::bulk_of_current().num_unread;
+  const int wanted = static_cast<int>(groups.size()) - 1 - kPending;
+  device::block_until([&groups, wanted] {
+    for (int i = 0; i < wanted; ++i) {
+      if (groups[i] > 0) return false;
+    }
+    return true;
+  });
+}
+inline void tma_store_wait_all() { tma_store_wait_read<0>(); }
+
+// Each lane remembers what lay where it read, and finds it there when it writes.
+inline void load_matrix_x4(uint32_t (&)[4], uint32_t shared) {
+  const device::Memory& memory = device::of<device::Memory>(device::current->cta);
+  const auto found = memory.find(shared & 0xffffe0 & ~0x20u);
+  if (found == memory.end()) device::fail("nothing was loaded here");
+  device::current->seen[shared & 0xffffff] = found->second;
+}
+inline void store_matrix_x4(uint32_t shared, uint32_t, uint32_t, uint32_t, uint32_t) {
+  const auto seen = device::current->seen.find(shared & 0xffffff);
+  if (seen == device::current->seen.end()) return;
+  const device::Memory& memory = device::of<device::Memory>(device::current->cta);
+  if (memory.at(shared & 0xffffe0 & ~0x20u) != seen->second) device::fail("z was overwritten");
+  device::current->seen.erase(seen);
+}
 
 inline void named_barrier_sync(int barrier, int threads) {
   device::of<device::Meeting>(device::current->cta * 100 + barrier).sync(threads);
