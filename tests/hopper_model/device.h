@@ -211,16 +211,17 @@ inline void complete_bytes(uint32_t address, int bytes) {
 
 using Memory = std::map<uint32_t, Box>;  // by address in the CTA
 
+// Lands in each CTA of the cluster that the mask names, at a time of its own.
 inline void load_box(
     uint32_t address, char operand, int rows, uint32_t full, int x0, int x1, int x2, int mask) {
-  const int first = first_cta_of_cluster();
-  events.push_back([=] {
-    for (int rank = 0; rank < cluster_size; ++rank) {
-      if ((mask >> rank & 1) == 0) continue;
-      of<Memory>(first + rank)[address & 0xffffff] = {operand, rows, x0, x1, x2};
-      complete_bytes(uint32_t(first + rank) << 24 | (full & 0xffffff), rows * 128);
-    }
-  });
+  for (int rank = 0; rank < cluster_size; ++rank) {
+    if ((mask >> rank & 1) == 0) continue;
+    const int cta = first_cta_of_cluster() + rank;
+    events.push_back([=] {
+      of<Memory>(cta)[address & 0xffffff] = {operand, rows, x0, x1, x2};
+      complete_bytes(uint32_t(cta) << 24 | (full & 0xffffff), rows * 128);
+    });
+  }
 }
 
 // ---- stores of one thread, in bulk groups; the last group is still open ----
@@ -231,8 +232,7 @@ struct Bulk {
 
 inline Bulk& bulk_of_current() { return of<Bulk>(current - fibers.data()); }
 
-// ---- products of a consumer group, executed in order once all of its threads have issued them
-// ----
+// ---- products of a consumer group, in order, each once all of its threads have issued it ----
 
 struct Operand {
   char operand;
@@ -289,7 +289,7 @@ inline int __shfl_up_sync(uint32_t, int value, int delta) {
   const int lane = device::current->thread % 32;
   return device::exchange(value, [=](int* v) { return lane < delta ? value : v[lane - delta]; });
 }
-inline int __shfl_xor_sync(uint32_t, float, int) { return 0; }
+inline float __shfl_xor_sync(uint32_t, float, int) { return 0; }  // of values, which do not matter
 inline int __shfl_sync(uint32_t, int value, int lane) {
   return device::exchange(value, [=](int* v) { return v[lane]; });
 }
