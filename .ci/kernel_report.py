@@ -93,7 +93,7 @@ def readable(names: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """Print the table; 1 when a main loop touches local memory."""
+    """Print the table; 1 when a main loop has what slows it."""
     library = Path(sys.argv[1]) if len(sys.argv) > 1 else library_path()
     is_clean = True
     sizes = f"{'regs':>4} {'stack':>6} {'shared':>7}"

@@ -3,8 +3,8 @@
 //
 // The columns of super tiles of all experts of at most kFewRows rows are numbered together, those
 // of the experts with most rows first. As many columns as there are clusters are walked at once,
-// one by each cluster, all of them from m = 0 on: a panel of A is read from memory once, whoever
-// needs it needs it at about the same time. The columns that are left then are cut into one run for
+// one by each cluster, all of them from m = 0 on: whoever needs a panel of A needs it at about the
+// same time, while it is in L2. The columns that are left then are cut into one run for
 // each cluster, of equally many tiles.
 // Worked example, 2 experts of 3 x 2 super tiles, 3 clusters: c takes column c (expert c / 2) from
 // m = 0 to 2; of the fourth column cluster c takes the tile (c, 1) of expert 1.
@@ -76,14 +76,13 @@ class ColumnScheduler : public TileScheduler<kBlockM, kBlockN, kClusterM, kClust
     const int num_columns = columns_.num_few_rows * space_.tiles_n;
     const int num_rest = num_columns % stride_, num_whole = num_columns - num_rest;
     minor_ = 0;
-    if (!is_rest_) {
+    if (number_ < num_whole) {
       number_ += stride_;
       if (number_ < num_whole) {
         minor_size_ = tiles_m;
         enter_column();
         return true;
       }
-      is_rest_ = true;
       const int tiles = num_rest * tiles_m, cluster = number_ - num_whole;
       const int begin = cluster * (tiles / stride_) + min(cluster, tiles % stride_);
       left_ = tiles / stride_ + (cluster < tiles % stride_ ? 1 : 0);
@@ -115,7 +114,6 @@ class ColumnScheduler : public TileScheduler<kBlockM, kBlockN, kClusterM, kClust
 
   const Table& columns_;
   bool is_column_ = true;
-  bool is_rest_ = false;
   int left_ = 0;  // tiles of the cluster's run of the rest
 };
 

@@ -1,9 +1,9 @@
 // A device on the host, for kernels whose instructions are replaced by the headers beside this one.
 //
-// Threads are fibers that a seeded scheduler interleaves at random; some warps are slow. Loads and
-// products happen some time after they were issued. Shared memory holds no data: whoever multiplies
-// in a stage sees which box of which operand lies there. A state in which nobody can go on ends the
-// program.
+// Threads are fibers that a seeded scheduler interleaves at random; some warps are slow. Loads,
+// products and stores happen some time after they were issued. Shared memory holds no data: whoever
+// multiplies in a stage sees which box of which operand lies there. A state in which nobody can go
+// on ends the program.
 #pragma once
 
 #include <ucontext.h>

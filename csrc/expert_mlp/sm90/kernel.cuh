@@ -76,7 +76,9 @@ __device__ __forceinline__ void consume(const KernelArguments& args,
       store_swiglu_tile<Config>(acc, args, buffers, tile.row_begin + row, tile.n);
     } else if constexpr (Config::kLayout == GemmLayout::kTN) {
       if (steps == 0) {
-        if (!Config::kAccumulates) store_zeros(args, buffers, row, tile.n, tile.expert);
+        if constexpr (!Config::kAccumulates) {
+          store_zeros(args, buffers, row, tile.n, tile.expert);
+        }
         continue;
       }
       scale_tile<Config>(acc, args.alpha);

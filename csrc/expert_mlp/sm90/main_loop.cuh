@@ -45,10 +45,11 @@ struct StageOperands {
   MatrixDescriptor a, b;  // of stage 0
 
   // first_row: of the group, in A.
-  __device__ __forceinline__ static StageOperands of(uint32_t stages, int first_row) {
-    const uint32_t a = stages + first_row / kChunk * LayoutA::kChunkBytes;
+  __device__ __forceinline__ static StageOperands of(const SharedLayout<Config>& shared,
+                                                     int first_row) {
+    const uint32_t a = shared.a(0) + first_row / kChunk * LayoutA::kChunkBytes;
     return {MatrixDescriptor::of(a, LayoutA::kChunkBytes),
-            MatrixDescriptor::of(stages + Config::kABytes, LayoutB::kChunkBytes)};
+            MatrixDescriptor::of(shared.b(0), LayoutB::kChunkBytes)};
   }
   __device__ __forceinline__ StageOperands at(int stage) const {
     const int offset = stage * Config::kStageBytes;
@@ -96,7 +97,7 @@ __device__ __forceinline__ void multiply_tile(float (&acc)[Config::kRowBlocks][C
     wgmma_wait<1>();  // the previous stage's
     if (!is_first) release_before(stage);
   };
-  const auto operands = StageOperands<Config>::of(shared.base, first_row);
+  const auto operands = StageOperands<Config>::of(shared, first_row);
   for (int step = 0; step < steps;) {
     if (ring.stage == 0 && steps - step >= kStages) {
       const StageOperands<Config> first = operands.made_uniform();
