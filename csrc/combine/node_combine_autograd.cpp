@@ -1,68 +1,15 @@
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <string>
 
-#include "comm/collective.h"
-#include "comm/label.h"
-#include "common/checks.h"
+#include "comm/movement_autograd.h"
 #include "common/node_movement.h"
 
 namespace torch_moe_ep {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-class NodeCombine : public torch::autograd::Function<NodeCombine> {
- public:
-  static variable_list forward(AutogradContext* ctx,
-                               const at::Tensor& rows,
-                               const std::optional<at::Tensor>& row_weights,
-                               const NodePlan& plan,
-                               const std::optional<at::Tensor>& tokens_per_expert,
-                               const std::optional<at::Tensor>& bytes_sent) {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [x, weights] = call_node_combine(rows, row_weights, plan, bytes_sent);
-    save_node_plan(ctx, plan);
-    ctx->saved_data["has_weights"] = row_weights.has_value();
-    ctx->saved_data["layer"] = static_cast<int64_t>(comm::current_label().layer);
-    // Not by save_for_backward: other calls change the counters before this one's backward.
-    ctx->saved_data["tokens_per_expert"] = tokens_per_expert;
-    ctx->saved_data["bytes_sent"] = bytes_sent;
-    return {x, weights};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const bool has_weights = ctx->saved_data["has_weights"].toBool();
-    // May run a checkpointed forward again: before the label.
-    const NodePlan plan = saved_node_plan(ctx);
-    const auto layer = static_cast<int32_t>(ctx->saved_data["layer"].toInt());
-    const comm::ScopedLabel label({layer, "combine backward"});
-    // backward() inside an autocast region must not cast what forward did not.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    auto [grad_rows, grad_row_weights] =
-        call_node_dispatch(grads[0],
-                           has_weights ? std::optional<at::Tensor>(grads[1]) : std::nullopt,
-                           plan,
-                           ctx->saved_data["bytes_sent"].toOptional<at::Tensor>());
-    // Counted here, so that neither evaluation nor recomputation is.
-    const auto counter = ctx->saved_data["tokens_per_expert"].toOptional<at::Tensor>();
-    if (counter.has_value()) {
-      counter->add_(plan.counts.select(0, comm::group_rank(plan.group_name)));
-    }
-    return {grad_rows,
-            has_weights ? grad_row_weights : at::Tensor(),
-            at::Tensor(),
-            at::Tensor(),
-            at::Tensor()};
-  }
-};
-
 NodeMoved node_combine_autograd(const at::Tensor& rows,
-                                const std::optional<at::Tensor>& row_weights,
+                                const MaybeTensor& row_weights,
                                 const at::Tensor& row_of_copy,
                                 const at::Tensor& slot_of_forwarded,
                                 const at::Tensor& slot_of_received,
@@ -73,21 +20,20 @@ NodeMoved node_combine_autograd(const at::Tensor& rows,
                                 int64_t row_alignment,
                                 int64_t ranks_per_node,
                                 const std::string& group_name,
-                                const std::optional<at::Tensor>& tokens_per_expert,
-                                const std::optional<at::Tensor>& bytes_sent) {
-  const NodePlan plan = {row_of_copy,
-                         slot_of_forwarded,
-                         slot_of_received,
-                         expert_offsets,
-                         counts,
-                         host_counts,
-                         top_k,
-                         row_alignment,
-                         ranks_per_node,
-                         group_name};
-  check_counter(tokens_per_expert, counts);
-  auto outputs = NodeCombine::apply(rows, row_weights, plan, tokens_per_expert, bytes_sent);
-  return {outputs[0], outputs[1]};
+                                const MaybeTensor& tokens_per_expert,
+                                const MaybeTensor& bytes_sent) {
+  const NodeMovement movement = {{row_of_copy,
+                                  slot_of_forwarded,
+                                  slot_of_received,
+                                  expert_offsets,
+                                  counts,
+                                  host_counts,
+                                  top_k,
+                                  row_alignment,
+                                  ranks_per_node,
+                                  group_name},
+                                 bytes_sent};
+  return comm::combine_with_autograd(rows, row_weights, movement, tokens_per_expert);
 }
 
 }  // namespace

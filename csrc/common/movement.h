@@ -32,65 +32,64 @@ using Moved = std::tuple<at::Tensor, at::Tensor>;  // rows and their weights
 
 // What a plan packed; dispatch packs where there is none.
 struct SendBuffer {
-  std::optional<at::Tensor> rows;
-  std::optional<at::Tensor> weights;
+  MaybeTensor rows;
+  MaybeTensor weights;
 };
 
-inline Moved call_dispatch(const at::Tensor& x,
-                           const std::optional<at::Tensor>& weights,
-                           const Plan& plan,
-                           const SendBuffer& packed = {}) {
-  return call_operator<"dispatch", Moved>(x,
-                                          weights,
-                                          plan.slot_of_copy,
-                                          plan.slot_of_received,
-                                          plan.expert_offsets,
-                                          plan.counts,
-                                          plan.host_counts,
-                                          plan.top_k,
-                                          plan.row_alignment,
-                                          plan.group_name,
-                                          packed.rows,
-                                          packed.weights);
-}
+// How rows move by this plan, there and back; what comm/movement_autograd.h asks for.
+struct Movement {
+  Plan plan;
+  SendBuffer packed = {};  // of a forward
 
-inline Moved call_combine(const at::Tensor& rows,
-                          const std::optional<at::Tensor>& row_weights,
-                          const Plan& plan) {
-  return call_operator<"combine", Moved>(rows,
-                                         row_weights,
-                                         plan.slot_of_copy,
-                                         plan.slot_of_received,
-                                         plan.expert_offsets,
-                                         plan.counts,
-                                         plan.host_counts,
-                                         plan.top_k,
-                                         plan.row_alignment,
-                                         plan.group_name,
-                                         MaybeTensor());
-}
+  Moved dispatch(const at::Tensor& x, const MaybeTensor& weights) const {
+    return call_operator<"dispatch", Moved>(x,
+                                            weights,
+                                            plan.slot_of_copy,
+                                            plan.slot_of_received,
+                                            plan.expert_offsets,
+                                            plan.counts,
+                                            plan.host_counts,
+                                            plan.top_k,
+                                            plan.row_alignment,
+                                            plan.group_name,
+                                            packed.rows,
+                                            packed.weights);
+  }
+  Moved combine(const at::Tensor& rows, const MaybeTensor& row_weights) const {
+    return call_operator<"combine", Moved>(rows,
+                                           row_weights,
+                                           plan.slot_of_copy,
+                                           plan.slot_of_received,
+                                           plan.expert_offsets,
+                                           plan.counts,
+                                           plan.host_counts,
+                                           plan.top_k,
+                                           plan.row_alignment,
+                                           plan.group_name,
+                                           MaybeTensor());
+  }
 
-inline void save_plan(torch::autograd::AutogradContext* ctx, const Plan& plan) {
-  ctx->save_for_backward({plan.slot_of_copy,
-                          plan.slot_of_received,
-                          plan.expert_offsets,
-                          plan.counts,
-                          plan.host_counts});
-  ctx->saved_data["top_k"] = plan.top_k;
-  ctx->saved_data["row_alignment"] = plan.row_alignment;
-  ctx->saved_data["group_name"] = plan.group_name;
-}
-
-inline Plan saved_plan(torch::autograd::AutogradContext* ctx) {
-  auto saved = ctx->get_saved_variables();
-  return {std::move(saved[0]),
-          std::move(saved[1]),
-          std::move(saved[2]),
-          std::move(saved[3]),
-          std::move(saved[4]),
-          ctx->saved_data["top_k"].toInt(),
-          ctx->saved_data["row_alignment"].toInt(),
-          ctx->saved_data["group_name"].toStringRef()};
-}
+  void save(torch::autograd::AutogradContext* ctx) const {
+    ctx->save_for_backward({plan.slot_of_copy,
+                            plan.slot_of_received,
+                            plan.expert_offsets,
+                            plan.counts,
+                            plan.host_counts});
+    ctx->saved_data["top_k"] = plan.top_k;
+    ctx->saved_data["row_alignment"] = plan.row_alignment;
+    ctx->saved_data["group_name"] = plan.group_name;
+  }
+  static Movement saved(torch::autograd::AutogradContext* ctx) {
+    auto saved = ctx->get_saved_variables();
+    return {{std::move(saved[0]),
+             std::move(saved[1]),
+             std::move(saved[2]),
+             std::move(saved[3]),
+             std::move(saved[4]),
+             ctx->saved_data["top_k"].toInt(),
+             ctx->saved_data["row_alignment"].toInt(),
+             ctx->saved_data["group_name"].toStringRef()}};
+  }
+};
 
 }  // namespace torch_moe_ep

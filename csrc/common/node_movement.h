@@ -32,70 +32,71 @@ struct NodePlan {
 
 using NodeMoved = std::tuple<at::Tensor, at::Tensor>;  // rows and their weights
 
-inline NodeMoved call_node_dispatch(const at::Tensor& x,
-                                    const std::optional<at::Tensor>& weights,
-                                    const NodePlan& plan,
-                                    const std::optional<at::Tensor>& bytes_sent) {
-  return call_operator<"node_dispatch", NodeMoved>(x,
-                                                   weights,
-                                                   plan.row_of_copy,
-                                                   plan.slot_of_forwarded,
-                                                   plan.slot_of_received,
-                                                   plan.expert_offsets,
-                                                   plan.counts,
-                                                   plan.host_counts,
-                                                   plan.top_k,
-                                                   plan.row_alignment,
-                                                   plan.ranks_per_node,
-                                                   plan.group_name,
-                                                   bytes_sent);
-}
+// How rows move by this plan, there and back; what comm/movement_autograd.h asks for.
+struct NodeMovement {
+  NodePlan plan;
+  MaybeTensor bytes_sent;  // a counter
 
-inline NodeMoved call_node_combine(const at::Tensor& rows,
-                                   const std::optional<at::Tensor>& row_weights,
-                                   const NodePlan& plan,
-                                   const std::optional<at::Tensor>& bytes_sent) {
-  return call_operator<"node_combine", NodeMoved>(rows,
-                                                  row_weights,
-                                                  plan.row_of_copy,
-                                                  plan.slot_of_forwarded,
-                                                  plan.slot_of_received,
-                                                  plan.expert_offsets,
-                                                  plan.counts,
-                                                  plan.host_counts,
-                                                  plan.top_k,
-                                                  plan.row_alignment,
-                                                  plan.ranks_per_node,
-                                                  plan.group_name,
-                                                  MaybeTensor(),
-                                                  bytes_sent);
-}
+  NodeMoved dispatch(const at::Tensor& x, const MaybeTensor& weights) const {
+    return call_operator<"node_dispatch", NodeMoved>(x,
+                                                     weights,
+                                                     plan.row_of_copy,
+                                                     plan.slot_of_forwarded,
+                                                     plan.slot_of_received,
+                                                     plan.expert_offsets,
+                                                     plan.counts,
+                                                     plan.host_counts,
+                                                     plan.top_k,
+                                                     plan.row_alignment,
+                                                     plan.ranks_per_node,
+                                                     plan.group_name,
+                                                     bytes_sent);
+  }
+  NodeMoved combine(const at::Tensor& rows, const MaybeTensor& row_weights) const {
+    return call_operator<"node_combine", NodeMoved>(rows,
+                                                    row_weights,
+                                                    plan.row_of_copy,
+                                                    plan.slot_of_forwarded,
+                                                    plan.slot_of_received,
+                                                    plan.expert_offsets,
+                                                    plan.counts,
+                                                    plan.host_counts,
+                                                    plan.top_k,
+                                                    plan.row_alignment,
+                                                    plan.ranks_per_node,
+                                                    plan.group_name,
+                                                    MaybeTensor(),
+                                                    bytes_sent);
+  }
 
-inline void save_node_plan(torch::autograd::AutogradContext* ctx, const NodePlan& plan) {
-  ctx->save_for_backward({plan.row_of_copy,
-                          plan.slot_of_forwarded,
-                          plan.slot_of_received,
-                          plan.expert_offsets,
-                          plan.counts,
-                          plan.host_counts});
-  ctx->saved_data["top_k"] = plan.top_k;
-  ctx->saved_data["row_alignment"] = plan.row_alignment;
-  ctx->saved_data["ranks_per_node"] = plan.ranks_per_node;
-  ctx->saved_data["group_name"] = plan.group_name;
-}
-
-inline NodePlan saved_node_plan(torch::autograd::AutogradContext* ctx) {
-  auto saved = ctx->get_saved_variables();
-  return {std::move(saved[0]),
-          std::move(saved[1]),
-          std::move(saved[2]),
-          std::move(saved[3]),
-          std::move(saved[4]),
-          std::move(saved[5]),
-          ctx->saved_data["top_k"].toInt(),
-          ctx->saved_data["row_alignment"].toInt(),
-          ctx->saved_data["ranks_per_node"].toInt(),
-          ctx->saved_data["group_name"].toStringRef()};
-}
+  void save(torch::autograd::AutogradContext* ctx) const {
+    ctx->save_for_backward({plan.row_of_copy,
+                            plan.slot_of_forwarded,
+                            plan.slot_of_received,
+                            plan.expert_offsets,
+                            plan.counts,
+                            plan.host_counts});
+    ctx->saved_data["top_k"] = plan.top_k;
+    ctx->saved_data["row_alignment"] = plan.row_alignment;
+    ctx->saved_data["ranks_per_node"] = plan.ranks_per_node;
+    ctx->saved_data["group_name"] = plan.group_name;
+    // Not by save_for_backward: other layers' calls change the counter before this one's backward.
+    ctx->saved_data["bytes_sent"] = bytes_sent;
+  }
+  static NodeMovement saved(torch::autograd::AutogradContext* ctx) {
+    auto saved = ctx->get_saved_variables();
+    return {{std::move(saved[0]),
+             std::move(saved[1]),
+             std::move(saved[2]),
+             std::move(saved[3]),
+             std::move(saved[4]),
+             std::move(saved[5]),
+             ctx->saved_data["top_k"].toInt(),
+             ctx->saved_data["row_alignment"].toInt(),
+             ctx->saved_data["ranks_per_node"].toInt(),
+             ctx->saved_data["group_name"].toStringRef()},
+            ctx->saved_data["bytes_sent"].toOptional<at::Tensor>()};
+  }
+};
 
 }  // namespace torch_moe_ep

@@ -44,63 +44,61 @@ inline PeerSlots peer_slots(const PeerPlan& plan, int64_t rank) {
   return {sizes.num_slots, sizes.largest_num_slots};
 }
 
-// keep: rows get memory of their own. Else they lie in the buffer, until the group's next
-// operation.
-inline PeerMoved call_peer_dispatch(const at::Tensor& x,
-                                    const std::optional<at::Tensor>& weights,
-                                    const PeerPlan& plan,
-                                    bool keep) {
-  return call_operator<"peer_dispatch", PeerMoved>(x,
-                                                   weights,
-                                                   plan.slot_of_copy,
-                                                   plan.expert_offsets,
-                                                   plan.counts,
-                                                   plan.host_counts,
-                                                   plan.top_k,
-                                                   plan.row_alignment,
-                                                   plan.capacity,
-                                                   plan.num_sms,
-                                                   plan.group_name,
-                                                   keep);
-}
+// How rows move by this plan, there and back; what comm/movement_autograd.h asks for.
+struct PeerMovement {
+  PeerPlan plan;
+  // Rows get memory of their own. Else they lie in the buffer, until the group's next operation.
+  bool keep = true;
 
-inline PeerMoved call_peer_combine(const at::Tensor& rows,
-                                   const std::optional<at::Tensor>& row_weights,
-                                   const PeerPlan& plan) {
-  return call_operator<"peer_combine", PeerMoved>(rows,
-                                                  row_weights,
-                                                  plan.slot_of_copy,
-                                                  plan.expert_offsets,
-                                                  plan.counts,
-                                                  plan.host_counts,
-                                                  plan.top_k,
-                                                  plan.row_alignment,
-                                                  plan.capacity,
-                                                  plan.num_sms,
-                                                  plan.group_name,
-                                                  MaybeTensor());
-}
+  PeerMoved dispatch(const at::Tensor& x, const MaybeTensor& weights) const {
+    return call_operator<"peer_dispatch", PeerMoved>(x,
+                                                     weights,
+                                                     plan.slot_of_copy,
+                                                     plan.expert_offsets,
+                                                     plan.counts,
+                                                     plan.host_counts,
+                                                     plan.top_k,
+                                                     plan.row_alignment,
+                                                     plan.capacity,
+                                                     plan.num_sms,
+                                                     plan.group_name,
+                                                     keep);
+  }
+  PeerMoved combine(const at::Tensor& rows, const MaybeTensor& row_weights) const {
+    return call_operator<"peer_combine", PeerMoved>(rows,
+                                                    row_weights,
+                                                    plan.slot_of_copy,
+                                                    plan.expert_offsets,
+                                                    plan.counts,
+                                                    plan.host_counts,
+                                                    plan.top_k,
+                                                    plan.row_alignment,
+                                                    plan.capacity,
+                                                    plan.num_sms,
+                                                    plan.group_name,
+                                                    MaybeTensor());
+  }
 
-inline void save_peer_plan(torch::autograd::AutogradContext* ctx, const PeerPlan& plan) {
-  ctx->save_for_backward({plan.slot_of_copy, plan.expert_offsets, plan.counts, plan.host_counts});
-  ctx->saved_data["top_k"] = plan.top_k;
-  ctx->saved_data["row_alignment"] = plan.row_alignment;
-  ctx->saved_data["capacity"] = plan.capacity;
-  ctx->saved_data["num_sms"] = plan.num_sms;
-  ctx->saved_data["group_name"] = plan.group_name;
-}
-
-inline PeerPlan saved_peer_plan(torch::autograd::AutogradContext* ctx) {
-  auto saved = ctx->get_saved_variables();
-  return {std::move(saved[0]),
-          std::move(saved[1]),
-          std::move(saved[2]),
-          std::move(saved[3]),
-          ctx->saved_data["top_k"].toInt(),
-          ctx->saved_data["row_alignment"].toInt(),
-          ctx->saved_data["capacity"].toInt(),
-          ctx->saved_data["num_sms"].toInt(),
-          ctx->saved_data["group_name"].toStringRef()};
-}
+  void save(torch::autograd::AutogradContext* ctx) const {
+    ctx->save_for_backward({plan.slot_of_copy, plan.expert_offsets, plan.counts, plan.host_counts});
+    ctx->saved_data["top_k"] = plan.top_k;
+    ctx->saved_data["row_alignment"] = plan.row_alignment;
+    ctx->saved_data["capacity"] = plan.capacity;
+    ctx->saved_data["num_sms"] = plan.num_sms;
+    ctx->saved_data["group_name"] = plan.group_name;
+  }
+  static PeerMovement saved(torch::autograd::AutogradContext* ctx) {
+    auto saved = ctx->get_saved_variables();
+    return {{std::move(saved[0]),
+             std::move(saved[1]),
+             std::move(saved[2]),
+             std::move(saved[3]),
+             ctx->saved_data["top_k"].toInt(),
+             ctx->saved_data["row_alignment"].toInt(),
+             ctx->saved_data["capacity"].toInt(),
+             ctx->saved_data["num_sms"].toInt(),
+             ctx->saved_data["group_name"].toStringRef()}};
+  }
+};
 
 }  // namespace torch_moe_ep

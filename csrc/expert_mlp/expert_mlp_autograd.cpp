@@ -67,15 +67,15 @@ at::Tensor dispatch_again(const RowsSource& source, const at::Tensor& expert_off
   const at::Tensor no_received = source.slot_of_copy.slice(0, 0, 0);
   const at::Tensor no_host_counts =
       at::empty_symint({0, source.counts.sym_size(1)}, at::TensorOptions().dtype(at::kLong));
-  const Plan plan = {source.slot_of_copy,
-                     no_received,
-                     expert_offsets,
-                     source.counts,
-                     no_host_counts,
-                     source.top_k,
-                     source.row_alignment,
-                     ""};
-  return std::get<0>(call_dispatch(source.x, std::nullopt, plan));
+  const Movement movement = {{source.slot_of_copy,
+                              no_received,
+                              expert_offsets,
+                              source.counts,
+                              no_host_counts,
+                              source.top_k,
+                              source.row_alignment,
+                              ""}};
+  return std::get<0>(movement.dispatch(source.x, std::nullopt));
 }
 
 class ExpertMlp : public torch::autograd::Function<ExpertMlp> {

@@ -389,7 +389,10 @@ def test_peer_rank_that_stays_away_is_named(config):
 
 
 def allocated_over_steps(config: dict[str, object], num_steps: int) -> tuple[int, int, int]:
-    """Bytes of the allocator after 10 steps and at the end, and of the GPU in between."""
+    """Bytes of the allocator after 10 steps and at the end, and of the GPU in between.
+
+    The last are everybody's: nothing else may run on the GPU.
+    """
     rank = share_the_gpu()
     mesh = init_device_mesh("cuda", 2)
     model = LoneExperts(8, hidden=128, width=256).cuda().bfloat16()
