@@ -116,6 +116,21 @@ def test_shuffle_gives_the_outputs_of_the_plain_path(ranks, lengths):
         assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def input_gradients_on_rank(run: Run) -> list[torch.Tensor]:
+    """Of one graph, run backward twice."""
+    model = build(run)
+    loss = model(**batch_of(dist.get_rank())).loss
+    weight = model.get_input_embeddings().weight
+    return [torch.autograd.grad(loss, weight, retain_graph=True)[0] for _ in range(2)]
+
+
+def test_shuffle_goes_the_same_way_in_every_backward_of_a_graph(ranks):
+    """With four ranks: two always send each other as many rows as they receive."""
+    run = Run("none", 4, 4, model=UNEVEN, config={"global_token_shuffle": True})
+    for first, second in ranks(4).run(input_gradients_on_rank, run):
+        assert torch.equal(first, second)
+
+
 def sinkhorn_choices_on_rank(config: dict) -> list[torch.Tensor]:
     model = build(Run("none", 2, 2, model=UNEVEN, config=config)).train()
     chosen = []
