@@ -5,7 +5,11 @@ Traps 1 (expert gradients P times too large), 3 (P = W), 4 (HSDP), 6 (router gra
 never what Adam makes of them (trap 2).
 """
 
+import contextlib
+
 import pytest
+import torch
+from node_cases import ranks_per_node
 from parallel_cases import (
     AUX,
     TIED,
@@ -17,7 +21,9 @@ from parallel_cases import (
     reference_of,
 )
 
-from torch_moe_ep.testing import assert_close
+from torch_moe_ep import MoEConfig, apply_expert_parallel, init_device_mesh
+from torch_moe_ep.testing import LoneExperts, assert_close, random_routing
+from torch_moe_ep.testing.parallel import full_gradients
 
 TOLERANCE = 1e-5
 GRIDS = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
@@ -146,6 +152,34 @@ def test_trap_06_24_gradients_of_every_variant_everywhere(ranks, wrap, ep, name)
 def test_gradients_do_not_depend_on_memory_settings(ranks, config):
     run = Run("fsdp2", 4, 2, model=UNEVEN, config=config)
     assert_gradients_equal_reference(ranks(4), run)
+
+
+def output_changed_in_place(config: dict, per_node: int) -> list[list[torch.Tensor]]:
+    """Gradients where a sum is added in place to what the experts return, and to a copy of it."""
+    found = []
+    x = torch.randn(1, 12, 16, requires_grad=True)
+    ids, weights = random_routing(12, 2, 8)
+    for is_in_place in (True, False):
+        with ranks_per_node(per_node) if per_node else contextlib.nullcontext():
+            mesh = init_device_mesh("cpu", 2)
+            model = apply_expert_parallel(LoneExperts(), mesh, MoEConfig(**config))
+        x.grad = None
+        y = model(x, ids, weights) if is_in_place else model(x, ids, weights).clone()
+        y += x
+        y.square().sum().backward()
+        found.append([x.grad, *full_gradients(model).values()])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("config", "per_node"),
+    [({}, 0), ({"num_chunks": 2}, 0), ({"dispatcher": "all_gather"}, 0), ({}, 1)],
+    ids=["all_to_all", "chunks", "all_gather", "hierarchical"],
+)
+def test_output_of_the_experts_may_be_changed_in_place(ranks, config, per_node):
+    for in_place, copied in ranks(2).run(output_changed_in_place, config, per_node):
+        for found, expected in zip(in_place, copied, strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,16 @@ def test_rows_dispatched_again_are_not_what_autograd_keeps(is_checkpointed):
     assert torch.equal(source, x * 2) and weights is None and used is plan
     assert keywords == {"keep": False} and dispatch.call_count == 1
     assert leaf.grad is not None and torch.equal(leaf.grad, again.sum(dim=0))
+
+
+def test_hidden_states_changed_in_place_are_not_dispatched_again():
+    """Autograd compares versions of what it saves, but not under hooks for saved tensors."""
+    x, leaf = torch.randn(2, 3), torch.randn(3, requires_grad=True)
+    rows = torch.cat([x, x])
+    with mock.patch("torch_moe_ep.ops.peer_dispatch", return_value=(rows, None)):
+        with rows_dispatched_again(rows, x.detach(), object()):
+            y = (rows * leaf).sum()
+        y.backward(retain_graph=True)
+        x.mul_(2)
+        with pytest.raises(RuntimeError, match="were changed in place between forward"):
+            y.backward()

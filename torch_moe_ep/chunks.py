@@ -34,7 +34,7 @@ def run_in_chunks(
     gate_up = experts.local_weight("gate_up_proj", x.dtype).to(x.dtype)
     down = experts.local_weight("down_proj", x.dtype).to(x.dtype)
     plan, packed = plan_of_chunks(experts, x, weights, top_k_index)
-    output = ops.chunked_experts(
+    return ops.chunked_experts(
         x,
         weights,
         plan,
@@ -46,7 +46,6 @@ def run_in_chunks(
         recompute_gate_up=config.recompute == "gate_up",
         tokens_per_expert=experts.tokens_per_expert,
     )
-    return output.to(hidden_states.dtype).view(hidden_states.shape)
 
 
 def plan_of_chunks(

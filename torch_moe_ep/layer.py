@@ -118,7 +118,7 @@ class ExpertParallelExperts(nn.Module):
         peer transport and budget="bounded"), and a graph break under torch.compile. P = 1: no
         collective; host syncs of `ops.expert_mlp` only.
         """
-        run = self._exchange if self.ep_group_name else self._pipeline
+        run = self._exchange if self.ep_group_name else self._run
         return run(hidden_states, top_k_index, top_k_weights)
 
     # The number of received rows is known at run time alone: nothing for a compiler to specialise.
@@ -126,15 +126,24 @@ class ExpertParallelExperts(nn.Module):
     def _exchange(self, *args: torch.Tensor) -> torch.Tensor:
         """Run with other ranks, with this layer's name on it where process groups have hooks."""
         if not label.is_enabled():
-            return self._way()(*args)
+            return self._run(*args)
         before = label.exchange(label.layer_id(self.layer_name))
         try:
-            return self._way()(*args)
+            return self._run(*args)
         finally:
             label.exchange(*before)
 
+    def _run(self, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        output = self._way()(hidden_states, *routing).to(hidden_states.dtype)
+        # No view: an in-place operation would put a new node in the place of a view's, and FSDP2
+        # gathers the weights for backward at the node that it met.
+        shaped: torch.Tensor = torch.ops.aten._unsafe_view(output, hidden_states.shape)
+        return shaped
+
     def _way(self) -> Callable[..., torch.Tensor]:
-        """How rows travel, as `apply_expert_parallel` has settled it."""
+        """How rows travel, as `apply_expert_parallel` has settled it; returns ``[T, H]``."""
+        if not self.ep_group_name:
+            return self._pipeline
         if self.moe_config.dispatcher == "all_gather":
             return self._gathered
         if self.uses_peers and self.moe_config.received_rows == "dispatch_again":
@@ -164,8 +173,7 @@ class ExpertParallelExperts(nn.Module):
         del packed
         keeps_rows = bool(self.ep_group_name) or config.received_rows == "keep"
         y = self.expert_mlp(rows, row_weights, plan, x=None if keeps_rows else x)
-        output = ops.combine(y, plan, tokens_per_expert=self.tokens_per_expert)
-        return output.to(hidden_states.dtype).view(hidden_states.shape)
+        return ops.combine(y, plan, tokens_per_expert=self.tokens_per_expert)
 
     def _gathered(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -195,9 +203,8 @@ class ExpertParallelExperts(nn.Module):
         output = scatter_sums(parts, group)[: x.shape[0]]
         count: Any = CountCopies.apply
         copies = count_copies(top_k_index, self.num_global_experts)
-        output = count(output, copies, self.tokens_per_expert)
-        result: torch.Tensor = output.to(hidden_states.dtype).view(hidden_states.shape)
-        return result
+        counted: torch.Tensor = count(output, copies, self.tokens_per_expert)
+        return counted
 
     def tokens_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[..., H]`` as ``[T, H]``, under autocast in its dtype: rows travel so."""

@@ -33,7 +33,6 @@ def run_over_nodes(
     )
     rows, row_weights = ops.node_dispatch(x, top_k_weights.float(), plan, bytes_sent=counter)
     y = experts.expert_mlp(rows, row_weights, plan)
-    output = ops.node_combine(
+    return ops.node_combine(
         y, plan, tokens_per_expert=experts.tokens_per_expert, bytes_sent=counter
     )
-    return output.to(hidden_states.dtype).view(hidden_states.shape)

@@ -43,14 +43,14 @@ def run_over_peers(
     rows, row_weights = ops.peer_dispatch(x, top_k_weights.float(), plan, keep=False)
     with rows_dispatched_again(rows, x.detach(), plan):
         y = experts.expert_mlp(rows, row_weights.clone(), plan)
-    output = ops.peer_combine(y, plan, tokens_per_expert=experts.tokens_per_expert)
-    return output.to(hidden_states.dtype).view(hidden_states.shape)
+    return ops.peer_combine(y, plan, tokens_per_expert=experts.tokens_per_expert)
 
 
 class _Again(NamedTuple):
-    """What autograd keeps in place of rows."""
+    """What autograd keeps in place of rows: what it would keep of x, and x's version."""
 
     x: Any
+    version: int
 
 
 @contextlib.contextmanager
@@ -65,7 +65,8 @@ def rows_dispatched_again(
         plan: of `rows`.
 
     Hooks around this context (activation checkpointing, offloading) get what they would get without
-    it, and `x` for `rows`. Backward is collective over the group once more.
+    it, and `x` for `rows`. Backward is collective over the group once more, and raises RuntimeError
+    where `x` was changed in place since.
     """
     pack_outside, unpack_outside = _hooks_outside()
     address, shape = rows.data_ptr(), rows.shape
@@ -73,12 +74,20 @@ def rows_dispatched_again(
 
     def pack(tensor: torch.Tensor) -> Any:
         is_rows = tensor.data_ptr() == address and tensor.shape == shape
-        return _Again(pack_outside(sources[0])) if is_rows else pack_outside(tensor)
+        if not is_rows:
+            return pack_outside(tensor)
+        return _Again(pack_outside(sources[0]), sources[0]._version)
 
     def unpack(kept: Any) -> torch.Tensor:
         if not isinstance(kept, _Again):
             return unpack_outside(kept)
         source = unpack_outside(kept.x)
+        if source is kept.x and source._version != kept.version:  # under hooks torch does not look
+            raise RuntimeError(
+                "the experts' hidden states were changed in place between forward and backward, "
+                "which dispatches them again; change a copy (x = x + y for x += y), or take "
+                'received_rows="keep".'
+            )
         # backward() inside an autocast region must not cast what forward did not.
         with torch.autocast(source.device.type, enabled=False):
             return ops.peer_dispatch(source, None, plan, keep=False)[0]
