@@ -65,6 +65,8 @@ def wrap_forward(state: ExpertParallelState) -> None:
     def run(_model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not state.is_started:
             _start_eagerly(state)
+        if state.gathered_ahead:
+            _drop_stale_gathers_eagerly(state)
         if not state.is_batch_checked and state.model.training and torch.is_grad_enabled():
             state.is_batch_checked = True
             warn_of_equal_batches(state, args, kwargs)
@@ -115,18 +117,18 @@ def _start(state: ExpertParallelState) -> None:
     roots = [fsdp_state(module)._is_root for module in experts]
     if all(is_root is None for is_root in roots) and not state.fsdp2_modules():
         state.root = _make_root(state)
-        _prefetch_forward(experts, [])
+        _prefetch_forward(state, [])
         if torch.is_inference_mode_enabled():
             _gather_for_training(state.root, experts)
     elif all(is_root is False for is_root in roots):
         contexts = {id(fsdp_state(module)._state_ctx) for module in experts}
         if len(contexts) == 1:
-            _prefetch_forward(experts, state.fsdp2_modules())
+            _prefetch_forward(state, state.fsdp2_modules())
     trainer_methods.register_trainer_methods()
     state.is_started = True
 
 
-# The guard and the wrapping run once and are nothing for torch.compile to trace.
+# Nothing of these for torch.compile to trace.
 _start_eagerly: Callable[[ExpertParallelState], None] = torch.compiler.disable(_start)
 
 
@@ -154,7 +156,7 @@ def _gather_for_training(root: nn.Module, experts: list[ExpertParallelExperts]) 
             module.reshard()
 
 
-def _prefetch_forward(experts: list[ExpertParallelExperts], others: list[nn.Module]) -> None:
+def _prefetch_forward(state: ExpertParallelState, others: list[nn.Module]) -> None:
     """Gather the next layer, experts and what is sharded around them, while this one computes.
 
     Expert parallelism blocks the CPU on its token counts, so the CPU runs ahead too little for
@@ -162,11 +164,11 @@ def _prefetch_forward(experts: list[ExpertParallelExperts], others: list[nn.Modu
     Lists that the user has set stay.
 
     Args:
-        experts: in the order of the forward.
+        state: with experts in the order of the forward; what is gathered ahead is noted there.
         others: the modules that the user gave to ``fully_shard``.
     """
     inside = {other: set(other.modules()) for other in others}
-    for module, following in itertools.pairwise(experts):
+    for module, following in itertools.pairwise(state.experts.values()):
         assert isinstance(module, FSDPModule)
         assert isinstance(following, FSDPModule)
         around: list[Any] = [
@@ -174,6 +176,30 @@ def _prefetch_forward(experts: list[ExpertParallelExperts], others: list[nn.Modu
         ]
         if not fsdp_state(module)._states_to_forward_prefetch:
             module.set_modules_to_forward_prefetch([*around, following])
+            state.gathered_ahead += [*around, following]
+
+
+def _drop_stale_gathers(state: ExpertParallelState) -> None:
+    """Forget what an earlier forward gathered ahead and left before it was used.
+
+    An early exit, a skipped layer or an exception does that. FSDP2 forgets it in backward; without
+    one, the next forward would compute with the weights as they were then. Local; waits for it.
+    """
+    for module in state.gathered_ahead:
+        for group in fsdp_param_groups(module):
+            result = group._all_gather_result
+            if result is None:
+                continue
+            if result.all_gather_event is not None:
+                torch.accelerator.current_stream().wait_event(result.all_gather_event)
+            if isinstance(result.all_gather_work, dist.Work):
+                result.all_gather_work.wait()
+            group._all_gather_result = None
+
+
+_drop_stale_gathers_eagerly: Callable[[ExpertParallelState], None] = torch.compiler.disable(
+    _drop_stale_gathers
+)
 
 
 def _check_dense_world(state: ExpertParallelState) -> None:

@@ -40,6 +40,7 @@ class ExpertParallelState:
         dense_at_patch: dense parameters as the patch found them, by name; keeps none of them alive.
         wrapper_refs: FSDP1 and DDP modules that took in experts of the model (see `wrappers`).
         root: the hidden FSDP2 root over the experts, where nothing else is one.
+        gathered_ahead: FSDP2 modules that are gathered before their turn in a forward.
         ranks_per_node: 0 unless tokens cross between nodes once.
         uses_peers: rows travel by the peer transport.
         is_started: a forward has run, so wrappers and dtypes are settled.
@@ -59,6 +60,7 @@ class ExpertParallelState:
     )
     wrapper_refs: list["weakref.ref[nn.Module]"] = field(default_factory=list)
     root: nn.Module | None = None
+    gathered_ahead: list[nn.Module] = field(default_factory=list)
     ranks_per_node: int = 0
     uses_peers: bool = False
     is_started: bool = False
