@@ -192,6 +192,41 @@ def test_optimizer_built_before_fsdp_is_refused_where_it_would_train_the_experts
         assert said == ["trains all"] * 2
 
 
+def steps_of_zero_redundancy(run: Run) -> tuple[str, dict[str, torch.Tensor]]:
+    """What ZeroRedundancyOptimizer says of experts; parameters where it has dense ones alone."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = build(run)
+    backward(run, model)
+    before = full_parameters(model)
+    with pytest.raises(ValueError) as error:
+        ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **ADAMW).step()
+    after = full_parameters(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model.zero_grad()
+    experts = [param for name, param in model.named_parameters() if ".experts." in name]
+    dense = [param for name, param in model.named_parameters() if ".experts." not in name]
+    optimizers = [
+        ZeroRedundancyOptimizer(dense, torch.optim.AdamW, **ADAMW),
+        torch.optim.AdamW(experts, **ADAMW),
+    ]
+    for step in range(STEPS):
+        backward(run, model, step)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return str(error.value), from_rank0(full_parameters(model))
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_zero_redundancy_optimizer_takes_the_dense_parameters_alone(ranks, ep):
+    run = Run("ddp", 2, ep)
+    results = ranks(2).run(steps_of_zero_redundancy, run)
+    assert all("every rank holds experts of its own" in said for said, _ in results)
+    expected = reference_parameters(run, "adamw", ADAMW, None)
+    assert_close(results[0][1], expected, 2e-5, f"parameters of {run}")
+
+
 def step_without_the_last_layer() -> bool:
     """A layer cut out of the patched model after the optimizer was built; its step goes on."""
     model, mesh = tiny_mixtral(), torch_moe_ep.init_device_mesh("cpu", 2)

@@ -104,6 +104,7 @@ def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     states = _stepped_states(optimizer)
     if not states:
         return
+    _check_not_zero(optimizer)
     unchecked = [state for state in states if not state.is_flag_checked]
     for state in states:
         warn_of_unaveraged(state)
@@ -144,6 +145,16 @@ def _check_not_stale(optimizer: Optimizer) -> None:
                 f"would not train what is in their place; build the optimizer after FSDP."
             )
     _checked_for_stale.add(optimizer)
+
+
+def _check_not_zero(optimizer: Optimizer) -> None:
+    # By name: importing the class compiles torch's scripted optimizers, and warns.
+    if any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__):
+        raise ValueError(
+            "ZeroRedundancyOptimizer has one rank step a parameter and send it to the others, but "
+            "every rank holds experts of its own; give it the dense parameters alone, and the "
+            "experts another optimizer, whose state is spread as they are."
+        )
 
 
 def _replaced_dense(state: ExpertParallelState) -> list[nn.Parameter]:
