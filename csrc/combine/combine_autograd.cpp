@@ -2,8 +2,8 @@
 
 #include <string>
 
-#include "comm/movement_autograd.h"
-#include "common/movement.h"
+#include "movement/movement.h"
+#include "movement/movement_autograd.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -27,7 +27,7 @@ Moved combine_autograd(const at::Tensor& rows,
                               top_k,
                               row_alignment,
                               group_name}};
-  return comm::combine_with_autograd(rows, row_weights, movement, tokens_per_expert);
+  return combine_with_autograd(rows, row_weights, movement, tokens_per_expert);
 }
 
 }  // namespace

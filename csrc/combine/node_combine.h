@@ -21,7 +21,7 @@
 #include <string>
 
 #include "combine/gather_rows.h"
-#include "common/node_movement.h"
+#include "movement/node_movement.h"
 
 namespace torch_moe_ep {
 

@@ -2,8 +2,8 @@
 
 #include <string>
 
-#include "comm/movement_autograd.h"
-#include "common/node_movement.h"
+#include "movement/movement_autograd.h"
+#include "movement/node_movement.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -33,7 +33,7 @@ NodeMoved node_combine_autograd(const at::Tensor& rows,
                                   ranks_per_node,
                                   group_name},
                                  bytes_sent};
-  return comm::combine_with_autograd(rows, row_weights, movement, tokens_per_expert);
+  return combine_with_autograd(rows, row_weights, movement, tokens_per_expert);
 }
 
 }  // namespace

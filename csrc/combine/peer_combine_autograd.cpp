@@ -2,8 +2,8 @@
 
 #include <string>
 
-#include "comm/movement_autograd.h"
-#include "common/peer_movement.h"
+#include "movement/movement_autograd.h"
+#include "movement/peer_movement.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -29,7 +29,7 @@ PeerMoved peer_combine_autograd(const at::Tensor& rows,
                                   capacity,
                                   num_sms,
                                   group_name}};
-  return comm::combine_with_autograd(rows, row_weights, movement, tokens_per_expert);
+  return combine_with_autograd(rows, row_weights, movement, tokens_per_expert);
 }
 
 }  // namespace

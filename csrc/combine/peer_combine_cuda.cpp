@@ -23,8 +23,8 @@
 #include "comm/label.h"
 #include "comm/peer.h"
 #include "common/element_type_of.h"
-#include "common/peer_movement.h"
 #include "common/peer_region.h"
+#include "movement/peer_movement.h"
 
 namespace torch_moe_ep {
 

@@ -2,8 +2,8 @@
 
 #include <string>
 
-#include "comm/movement_autograd.h"
-#include "common/movement.h"
+#include "movement/movement.h"
+#include "movement/movement_autograd.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -37,15 +37,15 @@ Moved dispatch_by(const at::Tensor& x,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, Autograd, m) {
-  m.impl("dispatch", &dispatch_by<&comm::dispatch_with_autograd<Movement>>);
+  m.impl("dispatch", &dispatch_by<&dispatch_with_autograd<Movement>>);
 }
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, AutocastCPU, m) {
-  m.impl("dispatch", &dispatch_by<&comm::dispatch_with_autocast<Movement, at::kCPU>>);
+  m.impl("dispatch", &dispatch_by<&dispatch_with_autocast<Movement, at::kCPU>>);
 }
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, AutocastCUDA, m) {
-  m.impl("dispatch", &dispatch_by<&comm::dispatch_with_autocast<Movement, at::kCUDA>>);
+  m.impl("dispatch", &dispatch_by<&dispatch_with_autocast<Movement, at::kCUDA>>);
 }
 
 }  // namespace torch_moe_ep

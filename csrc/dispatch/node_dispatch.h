@@ -36,10 +36,10 @@
 #include <string>
 #include <tuple>
 
-#include "common/node_movement.h"
 #include "common/node_sizes.h"
 #include "common/node_split.h"
 #include "dispatch/pack_rows.h"
+#include "movement/node_movement.h"
 
 namespace torch_moe_ep {
 

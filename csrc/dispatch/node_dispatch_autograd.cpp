@@ -2,8 +2,8 @@
 
 #include <string>
 
-#include "comm/movement_autograd.h"
-#include "common/node_movement.h"
+#include "movement/movement_autograd.h"
+#include "movement/node_movement.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -40,16 +40,15 @@ NodeMoved node_dispatch_by(const at::Tensor& x,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, Autograd, m) {
-  m.impl("node_dispatch", &node_dispatch_by<&comm::dispatch_with_autograd<NodeMovement>>);
+  m.impl("node_dispatch", &node_dispatch_by<&dispatch_with_autograd<NodeMovement>>);
 }
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, AutocastCPU, m) {
-  m.impl("node_dispatch", &node_dispatch_by<&comm::dispatch_with_autocast<NodeMovement, at::kCPU>>);
+  m.impl("node_dispatch", &node_dispatch_by<&dispatch_with_autocast<NodeMovement, at::kCPU>>);
 }
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, AutocastCUDA, m) {
-  m.impl("node_dispatch",
-         &node_dispatch_by<&comm::dispatch_with_autocast<NodeMovement, at::kCUDA>>);
+  m.impl("node_dispatch", &node_dispatch_by<&dispatch_with_autocast<NodeMovement, at::kCUDA>>);
 }
 
 }  // namespace torch_moe_ep

@@ -2,8 +2,8 @@
 
 #include <string>
 
-#include "comm/movement_autograd.h"
-#include "common/peer_movement.h"
+#include "movement/movement_autograd.h"
+#include "movement/peer_movement.h"
 
 namespace torch_moe_ep {
 namespace {
@@ -38,12 +38,11 @@ PeerMoved peer_dispatch_by(const at::Tensor& x,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, Autograd, m) {
-  m.impl("peer_dispatch", &peer_dispatch_by<&comm::dispatch_with_autograd<PeerMovement>>);
+  m.impl("peer_dispatch", &peer_dispatch_by<&dispatch_with_autograd<PeerMovement>>);
 }
 
 TORCH_LIBRARY_IMPL(torch_moe_ep, AutocastCUDA, m) {
-  m.impl("peer_dispatch",
-         &peer_dispatch_by<&comm::dispatch_with_autocast<PeerMovement, at::kCUDA>>);
+  m.impl("peer_dispatch", &peer_dispatch_by<&dispatch_with_autocast<PeerMovement, at::kCUDA>>);
 }
 
 }  // namespace torch_moe_ep

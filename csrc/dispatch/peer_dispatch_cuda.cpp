@@ -11,12 +11,12 @@
 
 #include "comm/label.h"
 #include "comm/peer.h"
-#include "common/peer_movement.h"
 #include "common/peer_region.h"
 #include "dispatch/dispatch.h"
 #include "dispatch/dispatch_cuda.h"
 #include "dispatch/peer_kernels.h"
 #include "dispatch/peer_rows.h"
+#include "movement/peer_movement.h"
 
 namespace torch_moe_ep {
 

@@ -8,8 +8,8 @@
 #include <tuple>
 
 #include "common/call_operator.h"
-#include "common/movement.h"
 #include "common/unowned_rows.h"
+#include "movement/movement.h"
 
 namespace torch_moe_ep {
 namespace {

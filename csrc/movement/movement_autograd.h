@@ -1,7 +1,7 @@
 // Autograd of the operators that move rows to their experts and back, of every transport: each is
 // the backward of the other.
 //
-// A Movement (common/movement.h, node_movement.h, peer_movement.h) holds a plan and says how to
+// A Movement (movement.h, node_movement.h, peer_movement.h) holds a plan and says how to
 // dispatch and to combine by it, and how it is kept for backward:
 //   (rows, weights) dispatch(x, weights), combine(rows, row_weights); save(ctx), saved(ctx)
 #pragma once
@@ -11,6 +11,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cstdint>
+#include <optional>
+#include <tuple>
 
 #include "comm/collective.h"
 #include "comm/label.h"
@@ -18,19 +20,19 @@
 #include "common/checks.h"
 #include "common/unowned_rows.h"
 
-namespace torch_moe_ep::comm {
+namespace torch_moe_ep {
 
 // What both directions keep for backward besides the movement.
 inline void save_call(torch::autograd::AutogradContext* ctx, bool has_weights) {
   ctx->saved_data["has_weights"] = has_weights;
-  ctx->saved_data["layer"] = static_cast<int64_t>(current_label().layer);
+  ctx->saved_data["layer"] = static_cast<int64_t>(comm::current_label().layer);
 }
 
 template <class Movement>
 struct SavedCall {
   Movement movement;  // may run a checkpointed forward again, so that the label comes behind it
   bool has_weights;
-  ScopedLabel label;
+  comm::ScopedLabel label;
 
   SavedCall(torch::autograd::AutogradContext* ctx, const char* stage)
       : movement(Movement::saved(ctx)),
@@ -91,7 +93,7 @@ class CombineFunction : public torch::autograd::Function<CombineFunction<Movemen
     // Here, so that neither evaluation nor the recomputation of activation checkpointing counts.
     const auto counter = ctx->saved_data["tokens_per_expert"].template toOptional<at::Tensor>();
     if (counter.has_value()) {
-      const int64_t rank = plan.group_name.empty() ? 0 : group_rank(plan.group_name);
+      const int64_t rank = plan.group_name.empty() ? 0 : comm::group_rank(plan.group_name);
       counter->add_(plan.counts.select(0, rank));
     }
     return {without_unowned(grad_rows, plan.expert_offsets),
@@ -132,4 +134,4 @@ auto combine_with_autograd(const at::Tensor& rows,
   return std::tuple(outputs[0], outputs[1]);
 }
 
-}  // namespace torch_moe_ep::comm
+}  // namespace torch_moe_ep

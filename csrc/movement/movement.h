@@ -36,7 +36,7 @@ struct SendBuffer {
   MaybeTensor weights;
 };
 
-// How rows move by this plan, there and back; what comm/movement_autograd.h asks for.
+// How rows move by this plan, there and back; what movement_autograd.h asks for.
 struct Movement {
   Plan plan;
   SendBuffer packed = {};  // of a forward

@@ -44,7 +44,7 @@ inline PeerSlots peer_slots(const PeerPlan& plan, int64_t rank) {
   return {sizes.num_slots, sizes.largest_num_slots};
 }
 
-// How rows move by this plan, there and back; what comm/movement_autograd.h asks for.
+// How rows move by this plan, there and back; what movement_autograd.h asks for.
 struct PeerMovement {
   PeerPlan plan;
   // Rows get memory of their own. Else they lie in the buffer, until the group's next operation.

@@ -32,7 +32,7 @@ struct NodePlan {
 
 using NodeMoved = std::tuple<at::Tensor, at::Tensor>;  // rows and their weights
 
-// How rows move by this plan, there and back; what comm/movement_autograd.h asks for.
+// How rows move by this plan, there and back; what movement_autograd.h asks for.
 struct NodeMovement {
   NodePlan plan;
   MaybeTensor bytes_sent;  // a counter
