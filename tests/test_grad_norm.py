@@ -105,20 +105,24 @@ def test_trap_05_stock_clip_of_fsdp1_shards_is_refused(ranks):
 
 
 def gradients_clipped_by_value(run: Run):
+    """Gradients before and after."""
     model = build(run)
     backward(run, model)
+    before = {name: grad.clone() for name, grad in full_gradients(model).items()}
     torch_clip_value(model.parameters(), MAX_VALUE)
-    return from_rank0(full_gradients(model))
+    return from_rank0(before), from_rank0(full_gradients(model))
 
 
 @pytest.mark.parametrize("run", [*(Run(wrap, 2, 2) for wrap in ("fsdp2", "fsdp1", "ddp", "none")),
                                  Run("hsdp2", 4, 2, 1)], ids=str)  # fmt: skip
 def test_stock_clip_by_value_takes_both_kinds_of_gradients(ranks, run):
-    clipped = ranks(run.world).run(gradients_clipped_by_value, run)[0]
-    whole = reference_of(run)[1]
-    assert any(grad.abs().max() > MAX_VALUE for name, grad in whole.items() if ".experts." in name)
-    expected = {name: grad.clamp(-MAX_VALUE, MAX_VALUE) for name, grad in whole.items()}
-    assert_close(clipped, expected, 2e-5, f"gradients of {run} clipped by value")
+    whole, clipped = ranks(run.world).run(gradients_clipped_by_value, run)[0]
+    assert_close(whole, reference_of(run)[1], 2e-5, f"gradients of {run}")
+    for is_expert in (True, False):
+        kind = [name for name in whole if (".experts." in name) == is_expert]
+        assert any(whole[name].abs().max() > MAX_VALUE for name in kind)
+        for name in kind:
+            assert torch.equal(clipped[name], whole[name].clamp(-MAX_VALUE, MAX_VALUE)), name
 
 
 def norm_with_bad_rank(run: Run, bad: float, is_expert: bool):
