@@ -23,6 +23,8 @@ def run_in_chunks(
 ) -> torch.Tensor:
     """The layer's forward in `num_chunks` chunks; arguments as the layer's.
 
+    Returns the sums ``[T, H]`` in the dtype that travelled; the layer casts and shapes them.
+
     Collective over the EP group, one host sync on CUDA (see `ops.plan_chunks`). Over peers
     budget="exact" waits for a counter in the host's memory, "bounded" for nothing after the first
     training forward (see `budget`).

@@ -18,6 +18,8 @@ def run_over_nodes(
 ) -> torch.Tensor:
     """The layer's forward with a token crossing to each node once; arguments as the layer's.
 
+    Returns the sums ``[T, H]`` in the dtype that travelled; the layer casts and shapes them.
+
     Collective over the EP group, one host sync on CUDA (see `ops.node_plan`).
     """
     config, counter = experts.moe_config, experts.bytes_between_nodes

@@ -25,6 +25,8 @@ def run_over_peers(
 ) -> torch.Tensor:
     """The layer's forward without a copy of the received rows; arguments as the layer's.
 
+    Returns the sums ``[T, H]`` in the dtype that travelled; the layer casts and shapes them.
+
     Collective over the EP group. Host syncs: budget="exact" waits for a counter in the host's
     memory, budget="bounded" for nothing after the first training forward (see `budget`).
     """
